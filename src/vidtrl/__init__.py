@@ -1,0 +1,32 @@
+"""vidtrl: TRL-style trainers for video diffusion models."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0.dev0"
+
+# name -> module; resolved on first use, so that `import vidtrl` loads neither torch nor diffusers
+_EXPORTS = {
+    "Condition": "vidtrl.models",
+    "VideoModel": "vidtrl.models",
+    "check_model": "vidtrl.models",
+    "VideoSFTConfig": "vidtrl.trainer",
+    "VideoSFTTrainer": "vidtrl.trainer",
+}
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name):
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'vidtrl' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from .models import Condition, VideoModel, check_model
+    from .trainer import VideoSFTConfig, VideoSFTTrainer
