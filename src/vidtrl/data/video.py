@@ -1,0 +1,445 @@
+"""Video files in and out, through PyAV: frames are chosen by timestamp, so variable frame rates are exact.
+
+A *source* is anything a dataset row may hold: a path, the bytes of a file, the `{"path", "bytes"}` dict of
+`datasets.Video(decode=False)`, a list of PIL images, a `(F, C, H, W)` or `(F, H, W, C)` array or tensor, one image, or a
+torchcodec `VideoDecoder`. torchcodec itself is never imported.
+"""
+
+import io
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+VIDEO_EXTENSIONS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".mpeg", ".mpg", ".m4v", ".gif")
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+# FFmpeg guesses the format from the content, whatever the name. Play lists and concat scripts would make it open
+# further files or URLs named by the data set, so only formats that hold their own frames are allowed.
+_FORMATS = "mov,mp4,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,flv,ogg,asf,gif,apng,ivf,obu,nut,y4m"
+_TICK = 1e-3  # tolerance when a time is compared, as a share of one output frame
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """
+    What a container says about its video stream.
+
+    Args:
+        num_frames (`int`): Frames that decoding yields.
+        fps (`float` or `None`): Average frame rate; `None` for a list of frames without a stated rate, and for images.
+        height (`int`): Pixels, after the rotation that the file asks for.
+        width (`int`): Pixels, after the rotation that the file asks for.
+        duration (`float` or `None`): Seconds; `None` where `fps` is.
+    """
+
+    num_frames: int
+    fps: float | None
+    height: int
+    width: int
+    duration: float | None
+
+    def frames_at(self, fps: float | None) -> int:
+        """How many frames the whole clip has when it is resampled to `fps` (`None`: its own frames)."""
+        if fps is None or self.fps is None:
+            return self.num_frames
+        return max(1, math.ceil(self.duration * fps - _TICK))
+
+
+def write_video(path, frames, fps: float, crf: int = 16) -> None:
+    """
+    Write an h264 mp4 that browsers play (`yuv420p`; odd sizes, which it cannot hold, are written as `yuv444p`).
+
+    Args:
+        path (`str`, `PathLike` or binary file): Where to write. Parent directories must exist.
+        frames (`torch.Tensor` or `np.ndarray`): `(F, 3, H, W)`, uint8, or float in [0, 1].
+        fps (`float`): Frames per second.
+        crf (`int`, *optional*, defaults to `16`): x264 quality, 0 (lossless) to 51.
+
+    Raises:
+        `ValueError`: If the frames are not `(F, 3, H, W)` or there are none.
+    """
+    frames = torch.as_tensor(frames).detach().cpu()
+    if frames.ndim != 4 or frames.shape[1] != 3 or len(frames) == 0:
+        raise ValueError(f"write_video wants frames of shape (F, 3, H, W), got {tuple(frames.shape)}")
+    if frames.is_floating_point():
+        frames = (frames.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    frames = frames.permute(0, 2, 3, 1).contiguous().numpy()
+    height, width = frames.shape[1:3]
+    target = path if hasattr(path, "write") else os.fspath(path)
+    with av.open(target, "w", format="mp4") as container:
+        # libx264's thread count changes nothing in the picture, and one thread is faster for clips this short
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf)})
+        stream.width, stream.height = width, height
+        stream.pix_fmt = "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
+        stream.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def probe_video(source, fps: float | None = None) -> VideoInfo:
+    """
+    Read size, frame count and frame rate from the container, without decoding frames.
+
+    Args:
+        source: See the module's docstring.
+        fps (`float`, *optional*): States the frame rate of a list of frames, or corrects the one a file claims.
+
+    Returns:
+        [`VideoInfo`].
+
+    Raises:
+        `ValueError`: If the source is empty, truncated or not a video; the message names the file.
+    """
+    return _open(source, fps).info
+
+
+def read_video(source, *, start: int = 0, num_frames: int | None = None, fps: float | None = None, source_fps=None):
+    """
+    Decode an exact window of frames.
+
+    The window is counted on the grid of `fps`: frame `k` is the one on screen `k / fps` seconds after the first. A 24 fps
+    clip read at 8 fps gives every third frame; with variable frame rate the timestamps decide.
+
+    Args:
+        source: See the module's docstring.
+        start (`int`, *optional*, defaults to `0`): First frame of the window, on the grid of `fps`.
+        num_frames (`int`, *optional*): Length of the window. Defaults to everything from `start`.
+        fps (`float`, *optional*): Target frame rate. Defaults to the file's own frames.
+        source_fps (`float`, *optional*): States the frame rate of a list of frames, or corrects the one a file claims.
+
+    Returns:
+        `torch.Tensor`: uint8 of shape `(F, 3, H, W)`.
+
+    Raises:
+        `ValueError`: If the window reaches past the end, or the source cannot be decoded.
+
+    Example:
+
+    ```python
+    >>> clip = read_video("clip.mp4", start=4, num_frames=17, fps=8)
+    ```
+    """
+    opened = _open(source, source_fps)
+    times = opened.times()
+    if fps is None or opened.info.fps is None:
+        available, indices = len(times), None
+    else:
+        available = max(1, math.ceil((times[-1] - times[0] + opened.last_duration()) * fps - _TICK))
+    # the container's header, which the planner trusts, may promise one frame more than its timestamps reach
+    if num_frames is None:
+        num_frames = available - start
+    if (
+        start < 0
+        or num_frames < 1
+        or start + num_frames > available + (fps is not None and opened.info.fps is not None)
+    ):
+        rate = f" at {fps:g} fps" if fps else ""
+        raise ValueError(
+            f"{opened.name} has {available} frames{rate}; frames {start} to {start + num_frames - 1} were requested"
+        )
+    wanted = np.arange(start, start + num_frames)
+    if fps is None or opened.info.fps is None:
+        indices = wanted
+    else:
+        at = times[0] + wanted / fps + _TICK / fps
+        indices = np.searchsorted(times, at, side="right") - 1
+    return opened.frames(indices)
+
+
+def resize_crop(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """
+    Scale until the frame covers `height` x `width` (antialiased), then crop the centre.
+
+    Args:
+        frames (`torch.Tensor`): uint8 of shape `(F, C, H, W)`.
+        height (`int`): Pixels.
+        width (`int`): Pixels.
+
+    Returns:
+        `torch.Tensor`: float32 of shape `(F, C, height, width)` in [0, 1].
+    """
+    scaled_h, scaled_w = cover_size(frames.shape[2], frames.shape[3], height, width)
+    top, left = (scaled_h - height) // 2, (scaled_w - width) // 2
+    out = torch.empty(len(frames), frames.shape[1], height, width)
+    for i in range(0, len(frames), 8):  # a whole 1080p clip in float32 would take gigabytes
+        part = frames[i : i + 8].float() / 255
+        if (scaled_h, scaled_w) != tuple(frames.shape[2:]):
+            part = F.interpolate(part, (scaled_h, scaled_w), mode="bilinear", antialias=True).clamp(0, 1)
+        out[i : i + 8] = part[..., top : top + height, left : left + width]
+    return out
+
+
+def cover_size(source_height: int, source_width: int, height: int, width: int) -> tuple[int, int]:
+    """The smallest size of the source's aspect that covers `height` x `width`."""
+    scale = max(height / source_height, width / source_width)
+    return max(height, round(source_height * scale)), max(width, round(source_width * scale))
+
+
+def is_image_path(path) -> bool:
+    """Whether the extension, in upper or lower case, is that of a still image."""
+    return os.fspath(path).lower().endswith(IMAGE_EXTENSIONS)
+
+
+def source_name(source) -> str:
+    """A short name of a source for messages: the path where there is one."""
+    if isinstance(source, dict):
+        return source_name(source.get("path") or source.get("bytes"))
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"<{len(source)} bytes>"
+    return f"<{type(source).__name__}>"
+
+
+def _open(source, fps):
+    """Wrap a source as an object with `.name`, `.info`, `.times()`, `.last_duration()` and `.frames(indices)`."""
+    name = source_name(source)
+    if isinstance(source, dict):
+        source = source.get("bytes") if source.get("bytes") is not None else source.get("path")
+    if isinstance(source, (str, os.PathLike)):
+        if is_image_path(source):
+            return _Frames([_load_image(source, name)], None, name)
+        return _File(source, fps, name)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        if _is_image_bytes(source):
+            return _Frames([_load_image(io.BytesIO(source), name)], None, name)
+        return _File(source, fps, name)
+    if isinstance(source, Image.Image):
+        return _Frames([source], None, name)
+    if type(source).__module__.startswith("torchcodec."):
+        return _Decoder(source, fps, name)
+    if isinstance(source, (torch.Tensor, np.ndarray)) or (isinstance(source, Sequence) and len(source)):
+        return _Frames(source, fps, name)
+    raise ValueError(
+        f"cannot read a video from {name}: use a path, bytes, a {{'path', 'bytes'}} dict, a list of images, "
+        "or an (F, C, H, W) array"
+    )
+
+
+def _is_image_bytes(data) -> bool:
+    head = bytes(data[:12])
+    return (
+        head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\x00", b"MM\x00*"))
+        or head[:4] == b"RIFF"
+        and head[8:] == b"WEBP"
+    )
+
+
+def _load_image(file, name) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
+
+
+class _File:
+    """A container that FFmpeg reads, opened anew for each purpose so that nothing stays open between rows."""
+
+    def __init__(self, source, fps, name):
+        self.source, self.name, self.stated_fps = source, name, fps
+        with self._container() as container:
+            self.info = self._probe(container)
+
+    def _container(self):
+        return _open_container(self.source, self.name)
+
+    def _probe(self, container) -> VideoInfo:
+        stream = container.streams.video[0]
+        entries = [e for e in stream.index_entries if not e.is_discard]
+        if stream.frames and len(entries) >= stream.frames:  # mp4 and mov: every frame is in the header
+            num_frames, times = len(entries), sorted(e.timestamp for e in entries)
+            size = _size_of(self.source)
+            if max(e.pos + e.size for e in entries) > size:
+                raise ValueError(f"{self.name} is truncated: its header lists frames beyond its {size} bytes")
+        else:  # other containers only tell when their packets are listed
+            times = _packet_times(container, stream, self.name)
+            num_frames = len(times)
+        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        last = 1 / rate if rate else 0.0
+        duration = float((times[-1] - times[0]) * stream.time_base) + last
+        if self.stated_fps:
+            rate, duration = float(self.stated_fps), num_frames / self.stated_fps
+        elif not rate:
+            raise ValueError(f"{self.name} states no frame rate; add an `fps` column")
+        height, width = stream.height, stream.width
+        if not height or not width:
+            raise ValueError(f"{self.name} states no frame size; it is probably damaged")
+        with self._container() as fresh:  # the packet list may have read `container` to its end
+            if _rotation(fresh, fresh.streams.video[0], self.name) % 180:
+                height, width = width, height
+        return VideoInfo(num_frames, rate, height, width, duration)
+
+    def times(self) -> np.ndarray:
+        """Seconds at which each frame is shown, ascending."""
+        with self._container() as container:
+            stream = container.streams.video[0]
+            self._pts = _packet_times(container, stream, self.name)
+            if self.stated_fps:
+                return np.arange(len(self._pts)) / self.stated_fps
+            return np.array(self._pts, dtype=np.float64) * float(stream.time_base)
+
+    def last_duration(self) -> float:
+        return 1 / self.info.fps
+
+    def frames(self, indices) -> torch.Tensor:
+        wanted = {self._pts[i]: i for i in indices}
+        last, got = max(wanted), {}
+        with self._container() as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            if min(wanted) > self._pts[0]:
+                container.seek(min(wanted), stream=stream)  # to the key frame before it
+            try:
+                for frame in container.decode(stream):
+                    pts = frame.pts if frame.pts is not None else frame.dts
+                    if pts in wanted:
+                        image = frame.to_ndarray(format="rgb24")
+                        got[wanted[pts]] = np.rot90(image, round(frame.rotation / 90)) if frame.rotation else image
+                    if pts >= last and len(got) == len(wanted):
+                        break
+            except av.error.FFmpegError as error:
+                raise ValueError(f"{self.name} is damaged: {error.strerror}") from error
+        if len(got) < len(wanted):
+            raise ValueError(f"{self.name} is damaged: {len(wanted) - len(got)} of {len(wanted)} frames do not decode")
+        stacked = np.stack([got[i] for i in indices])
+        return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
+
+
+class _Frames:
+    """Frames that are already in memory."""
+
+    def __init__(self, frames, fps, name):
+        self.name, self._frames = name, frames
+        self.array = isinstance(frames, (torch.Tensor, np.ndarray))
+        if self.array:
+            if frames.ndim != 4 or 3 not in (frames.shape[1], frames.shape[3]):
+                raise ValueError(f"frames must be (F, 3, H, W) or (F, H, W, 3), got shape {tuple(frames.shape)}")
+            self.channels_first = frames.shape[1] == 3
+            height, width = frames.shape[2:] if self.channels_first else frames.shape[1:3]
+        else:
+            first = _to_uint8(frames[0], name)
+            height, width = first.shape[:2]
+        count = len(frames)
+        if count == 0:
+            raise ValueError(f"{name} holds no frames")
+        self.info = VideoInfo(count, float(fps) if fps else None, height, width, count / fps if fps else None)
+
+    def times(self) -> np.ndarray:
+        return np.arange(self.info.num_frames) / (self.info.fps or 1.0)
+
+    def last_duration(self) -> float:
+        return 1 / self.info.fps
+
+    def frames(self, indices) -> torch.Tensor:
+        if self.array:
+            chosen = torch.as_tensor(self._frames)[torch.as_tensor(np.asarray(indices))]
+            chosen = chosen if self.channels_first else chosen.permute(0, 3, 1, 2)
+            if chosen.is_floating_point():
+                chosen = (chosen.float().clamp(0, 1) * 255).round()
+            return chosen.to(torch.uint8).contiguous()
+        images = [_to_uint8(self._frames[i], self.name) for i in indices]
+        if len({image.shape for image in images}) > 1:
+            raise ValueError(f"{self.name}: the frames of one clip must have one size")
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+class _Decoder:
+    """A torchcodec `VideoDecoder` that the user handed over."""
+
+    def __init__(self, decoder, fps, name):
+        self.name, self.decoder = name, decoder
+        meta = decoder.metadata
+        rate = float(fps or meta.average_fps)
+        duration = meta.num_frames / fps if fps else float(meta.duration_seconds)
+        self.stated_fps = fps
+        self.info = VideoInfo(meta.num_frames, rate, meta.height, meta.width, duration)
+
+    def times(self) -> np.ndarray:
+        if self.stated_fps:
+            return np.arange(self.info.num_frames) / self.stated_fps
+        return self.decoder.get_frames_in_range(0, self.info.num_frames).pts_seconds.numpy()
+
+    def last_duration(self) -> float:
+        return 1 / self.info.fps
+
+    def frames(self, indices) -> torch.Tensor:
+        return self.decoder.get_frames_at([int(i) for i in indices]).data.to(torch.uint8)
+
+
+def _to_uint8(image, name) -> np.ndarray:
+    """One frame of any kind as (H, W, 3) uint8."""
+    if isinstance(image, dict):
+        image = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]
+    if isinstance(image, (str, os.PathLike, io.BytesIO)):
+        image = _load_image(image, name)
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    image = torch.as_tensor(image)
+    if image.ndim != 3 or 3 not in (image.shape[0], image.shape[2]):
+        raise ValueError(f"{name}: a frame must be an image, (3, H, W) or (H, W, 3), got {tuple(image.shape)}")
+    image = image.permute(1, 2, 0) if image.shape[0] == 3 else image
+    if image.is_floating_point():
+        image = (image.float().clamp(0, 1) * 255).round()
+    return image.to(torch.uint8).cpu().numpy()
+
+
+def _open_container(source, name):
+    if isinstance(source, (str, os.PathLike)):
+        try:
+            file = open(source, "rb")
+        except OSError as error:
+            raise ValueError(f"{name} cannot be opened: {error.strerror}") from error
+    else:
+        file = io.BytesIO(source)
+    try:
+        container = av.open(file, container_options={"format_whitelist": _FORMATS}, io_open=_refuse)
+    except (av.error.FFmpegError, ValueError, EOFError) as error:
+        file.close()
+        empty = _size_of(source) == 0
+        reason = "it is empty" if empty else "no video data found, or the file is truncated"
+        raise ValueError(f"{name} cannot be read as a video: {reason}") from error
+    if not container.streams.video:
+        container.close()
+        raise ValueError(f"{name} has no video stream")
+    return container
+
+
+def _refuse(url, flags, options):
+    raise PermissionError(f"a video file may not refer to another file ({url})")
+
+
+def _size_of(source) -> int:
+    return os.path.getsize(source) if isinstance(source, (str, os.PathLike)) else len(source)
+
+
+def _packet_times(container, stream, name) -> list[int]:
+    """The presentation time of every frame in units of `stream.time_base`, ascending. Reads, but does not decode."""
+    try:
+        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{name} is damaged: {error.strerror}") from error
+    if not packets:
+        raise ValueError(f"{name} holds no video frames")
+    times = sorted(p.pts if p.pts is not None else p.dts for p in packets)
+    return times
+
+
+def _rotation(container, stream, name) -> int:
+    """The display rotation in degrees; FFmpeg tells it with a decoded frame only, so the first one is decoded."""
+    try:
+        for frame in container.decode(stream):
+            return frame.rotation
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{name} is damaged: {error.strerror}") from error
+    raise ValueError(f"{name} is damaged: its first frame does not decode")
