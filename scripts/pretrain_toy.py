@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from vidtrl.toy import world
-from vidtrl.toy.measure import score
+from vidtrl.toy.measurement import score
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,51 +47,197 @@ def to_unit(videos):  # (B, 3, F, H, W) in [-1, 1] -> list of (F, 3, H, W) in [0
     return list((videos.float().clamp(-1, 1) / 2 + 0.5).permute(0, 2, 1, 3, 4))
 
 
-def train_vae(out, steps, batch_size=4, lr=2e-3, seed=0):
-    torch.manual_seed(seed)
-    rng = np.random.default_rng([seed, 1])
+def build_vae():
+    """8x8x4 compression to 16 channels. Time starts as a copy of space: every temporal kernel looks at the newest frame
+    alone, temporal downsampling averages and upsampling repeats, so that what images taught holds for clips."""
     vae = AutoencoderKLWan(
         base_dim=16, dim_mult=[1, 2, 4], temperal_downsample=[True, True], num_res_blocks=1, z_dim=16,
         patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=8, scale_factor_temporal=4,
         latents_mean=[0.0] * 16, latents_std=[1.0] * 16,
     )  # fmt: skip
+    with torch.no_grad():
+        for name, module in vae.named_modules():
+            if not isinstance(module, torch.nn.Conv3d):
+                continue
+            if name.endswith("time_conv"):
+                eye = torch.eye(module.in_channels)
+                module.weight.zero_()
+                module.bias.zero_()
+                if module.stride[0] == 2:
+                    module.weight[:, :, 1:, 0, 0] = eye[..., None] / 2
+                else:
+                    module.weight[:, :, -1, 0, 0] = torch.cat([eye, eye])
+            elif module.kernel_size[0] == 3:
+                module.weight[:, :, :2] = 0
+    return vae
+
+
+def train_vae(out, image_steps, video_steps, seed=0):
+    torch.manual_seed(seed)
+    rng = np.random.default_rng([seed, 1])
+    vae = build_vae()
     ema = copy.deepcopy(vae).requires_grad_(False)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4, betas=(0.9, 0.99))
     held_out = [world.render(c, q, 10**8 + i) for i, c in enumerate(CAPTIONS) for q in ("clean", "raw")]
     held_out, start = torch.stack(held_out).permute(0, 2, 1, 3, 4) / 127.5 - 1, time.time()
 
-    def evaluate():
+    def reconstruct(model, x):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            y = torch.cat([ema.decode(ema.encode(x).latent_dist.mode()).sample for x in held_out.split(12)]).float()
-        psnr = 10 * math.log10(4 / (y - held_out).square().mean())
-        return psnr, score(to_unit(y[::2]), CAPTIONS), score(to_unit(y[1::2]), CAPTIONS)
+            return torch.cat([model.decode(model.encode(p).latent_dist.mode()).sample for p in x.split(12)]).float()
 
+    def fit(steps, lr, batches, label, report_every):
+        optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4, betas=(0.9, 0.99))
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+                group["lr"] = lr * min(1, (step + 1) / 50) * (0.02 + 0.98 * cosine)
+            x = batches(step)
+            with torch.autocast("cpu", torch.bfloat16):
+                z = vae.encode(x).latent_dist.mode()
+                y = vae.decode(z + 0.05 * torch.randn_like(z)).sample
+            # the shape covers a tenth of the picture: weigh the area that it passes through
+            weight = 1 + 4 * ((x - x.amin((3, 4), keepdim=True)).abs().amax(1, keepdim=True) > 0.2)
+            error = y.float() - x
+            loss = (weight * (0.5 * error.abs() + error.square())).mean() + 1e-3 * z.float().square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimizer.step()
+            with torch.no_grad():
+                decay = min(0.995, (1 + step) / (10 + step))
+                torch._foreach_lerp_(list(ema.parameters()), list(vae.parameters()), 1 - decay)
+            if (step + 1) % report_every == 0 or step + 1 == steps:
+                x = held_out if label == "video" else held_out[:, :, 8:9]
+                y = reconstruct(ema, x)
+                psnr = 10 * math.log10(4 / (y - x).square().mean())
+                quality = ""
+                if label == "video":
+                    quality = {q: score(to_unit(y[i::2]), CAPTIONS) for i, q in enumerate(("clean", "raw"))}
+                    save_vae(ema, out / "vae")
+                print(f"vae {label} step {step + 1} {time.time() - start:.0f}s loss {loss.item():.4f} psnr {psnr:.2f} {quality}", flush=True)  # fmt: skip
+
+    frames = clips(range(5 * 10**8, 5 * 10**8 + 400), rng, raw_share=0.5)[0].permute(0, 2, 1, 3, 4).flatten(0, 1)
+    fit(image_steps, 3e-3, lambda _: frames[torch.randint(len(frames), (24,))][:, :, None], "image", 150)
+    del frames
+    fit(video_steps, 1.5e-3, lambda i: clips(range(4 * i, 4 * i + 4), rng, raw_share=0.5)[0], "video", 200)
+
+
+@torch.no_grad()
+def save_vae(vae, path):
+    """With the per-channel statistics by which the pipeline normalises latents."""
+    x, _ = clips(range(2 * 10**8, 2 * 10**8 + 128), np.random.default_rng(0), raw_share=0.5)
+    z = torch.cat([vae.encode(part).latent_dist.mode() for part in x.split(16)])
+    vae = copy.deepcopy(vae)
+    vae.register_to_config(latents_mean=z.mean((0, 2, 3, 4)).tolist(), latents_std=z.std((0, 2, 3, 4)).tolist())
+    vae.to(torch.bfloat16).save_pretrained(path)
+
+
+def build_tokenizer():
+    words = ["<pad>", "</s>", "<unk>", "a", "an", "the", "moving", "shape", "and", "video", "of", "on", "background"]
+    words += [*world.COLORS, *world.SHAPES, *world.DIRECTIONS]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def embed(tokenizer, text_encoder, texts, length):
+    """(B, length, D): what WanPipeline.encode_prompt makes, zeros behind the true length included."""
+    tokens = tokenizer(texts, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
+    mask = tokens.attention_mask
+    hidden = text_encoder(tokens.input_ids, mask).last_hidden_state * mask[..., None]
+    return torch.nn.functional.pad(hidden, (0, 0, 0, length - 16))
+
+
+def train_model(out, steps, num_clips=6000, batch_size=16, lr=1.5e-3, seed=0):
+    torch.manual_seed(seed)
+    rng = np.random.default_rng([seed, 2])
+    vae = AutoencoderKLWan.from_pretrained(out / "vae", torch_dtype=torch.float32).eval()
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    start, latents, texts = time.time(), [], []
+    for first in range(0, num_clips, 20):
+        x, captions = clips(range(10**9 + first, 10**9 + first + 20), rng, raw_share=1.0)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            latents.append((vae.encode(x).latent_dist.mode().float() - mean) / std)
+        texts += captions
+    latents = torch.cat(latents)
+    print(f"encoded {len(latents)} clips in {time.time() - start:.0f}s, std {latents.std():.3f}", flush=True)
+
+    tokenizer = build_tokenizer()
+    text_encoder = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4, dropout_rate=0.0,
+            relative_attention_num_buckets=8, relative_attention_max_distance=16, feed_forward_proj="gated-gelu",
+            pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+        )
+    )  # fmt: skip
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=32, in_channels=16, out_channels=16,
+        text_dim=64, freq_dim=64, ffn_dim=512, num_layers=4, cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
+    )  # fmt: skip
+    torch.nn.init.zeros_(transformer.proj_out.weight)
+    torch.nn.init.zeros_(transformer.proj_out.bias)
+    for block in transformer.blocks:  # open the gates: adaLN starts at 1, not at noise
+        block.scale_shift_table.data.zero_()
+        block.scale_shift_table.data[:, [2, 5]] = 1.0
+    torch.nn.init.zeros_(transformer.condition_embedder.time_proj.bias)
+    transformer.condition_embedder.time_proj.weight.data.mul_(0.5)
+
+    nets = torch.nn.ModuleList([transformer, text_encoder])
+    ema = copy.deepcopy(nets).requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW(nets.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    start, running = time.time(), None
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        x, _ = clips(range(step * batch_size, (step + 1) * batch_size), rng, raw_share=0.5)
+        for group in optimizer.param_groups:  # constant, then linear to zero over the last 40 %
+            group["lr"] = lr * min(1, (step + 1) / 100) * min(1, max(0.02, (1 - step / steps) / 0.4))
+        picked = rng.integers(len(latents), size=batch_size)
+        x0 = latents[picked]
+        batch = [texts[i] if rng.random() > 0.1 else "" for i in picked]  # caption dropout, for guidance
+        # the pipeline pads with zeros to 512 tokens by default: some batches show them, so that any length works
+        length = int(rng.choice([16, 64, 512], p=[0.85, 0.1, 0.05]))
+        u = torch.rand(batch_size)
+        sigma = 3 * u / (1 + 2 * u)
+        s, noise = sigma.view(-1, 1, 1, 1, 1), torch.randn_like(x0)
         with torch.autocast("cpu", torch.bfloat16):
-            z = vae.encode(x).latent_dist.mode()
-            y = vae.decode(z + 0.05 * torch.randn_like(z)).sample
-        # the shape covers a tenth of the picture: weigh the area that it passes through
-        weight = 1 + 4 * ((x - x.amin((3, 4), keepdim=True)).abs().amax(1, keepdim=True) > 0.2)
-        error = y.float() - x
-        loss = (weight * (0.5 * error.abs() + error.square())).mean() + 1e-3 * z.float().square().mean()
+            v = transformer(
+                (1 - s) * x0 + s * noise, sigma * 1000, embed(tokenizer, text_encoder, batch, length), return_dict=False
+            )[0]
+        loss = (v.float() - (noise - x0)).square().mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(nets.parameters(), 1.0)
         optimizer.step()
+        decay = min(0.999, (1 + step) / (20 + step))
         with torch.no_grad():
-            decay = min(0.995, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(ema.parameters()), list(vae.parameters()), 1 - decay)
-        if (step + 1) % 250 == 0 or step + 1 == steps:
-            psnr, clean, raw = evaluate()
-            print(f"vae step {step + 1} {time.time() - start:.0f}s loss {loss.item():.4f} psnr {psnr:.2f} clean {clean} raw {raw}", flush=True)  # fmt: skip
-            with torch.no_grad():
-                x, _ = clips(range(2 * 10**8, 2 * 10**8 + 128), np.random.default_rng(0), raw_share=0.5)
-                z = torch.cat([ema.encode(part).latent_dist.mode() for part in x.split(16)])
-            done = copy.deepcopy(ema)
-            done.register_to_config(
-                latents_mean=z.mean((0, 2, 3, 4)).tolist(), latents_std=z.std((0, 2, 3, 4)).tolist()
-            )
-            done.to(torch.bfloat16).save_pretrained(out / "vae")
+            torch._foreach_lerp_(list(ema.parameters()), list(nets.parameters()), 1 - decay)
+        running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
+        if (step + 1) % 1000 == 0 or step + 1 == steps:
+            pipe = WanPipeline(
+                tokenizer=tokenizer, text_encoder=ema[1], vae=vae, transformer=ema[0],
+                scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            )  # fmt: skip
+            videos, prompts = generate(pipe, CAPTIONS[step % 2 :: 2], seed=step)
+            print(f"model step {step + 1} {time.time() - start:.0f}s loss {running:.4f} {score(videos, prompts)}", flush=True)  # fmt: skip
+            tokenizer.save_pretrained(out / "tokenizer")
+            copy.deepcopy(ema[1]).to(torch.bfloat16).save_pretrained(out / "text_encoder")
+            copy.deepcopy(ema[0]).to(torch.bfloat16).save_pretrained(out / "transformer")
+            pipe.scheduler.save_pretrained(out / "scheduler")
+            pipe.save_config(out)
+
+
+@torch.no_grad()
+def generate(pipe, prompts, seed, num_inference_steps=20, guidance_scale=3.0, **kwargs):
+    """Videos (list of (F, 3, H, W) in [0, 1]) from a stock WanPipeline, with one generator a prompt."""
+    pipe.set_progress_bar_config(disable=True)
+    videos = []
+    for i in range(0, len(prompts), 12):
+        part = prompts[i : i + 12]
+        generators = [torch.Generator().manual_seed(seed * 100_003 + i + j) for j in range(len(part))]
+        videos += pipe(
+            part, height=64, width=64, num_frames=17, num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale, max_sequence_length=16, generator=generators, output_type="pt", **kwargs,
+        ).frames.float()  # fmt: skip
+    return videos, prompts

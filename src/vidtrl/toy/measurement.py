@@ -8,7 +8,7 @@ from .world import BACKGROUND, COLORS, DIRECTIONS, SHAPES, parse_caption
 
 
 FOREGROUND = 60 / 255  # a pixel whose strongest channel differs this much from the background belongs to the shape
-FILL = {"triangle": 0.56, "circle": 0.79, "square": 0.97}  # share of its bounding box that each shape fills
+FILL = {"triangle": 0.525, "circle": 0.79, "square": 1.0}  # share of its bounding box that each shape fills
 FILL_BOUNDS = (0.66, 0.875)  # triangle below the first, square above the second
 
 
@@ -57,18 +57,21 @@ def measure(video: torch.Tensor) -> Measurement:
         raise ValueError("measure() takes floats in [0, 1]; divide uint8 frames by 255")
     x = video.detach().float().cpu()
     frames, _, height, width = x.shape
-    mask = (x - BACKGROUND / 255).abs().amax(1) > FOREGROUND  # (F, H, W)
+    contrast = (x - BACKGROUND / 255).abs().amax(1)  # (F, H, W)
+    mask = contrast > FOREGROUND
     area = mask.flatten(1).sum(1)
     good = area > 0.01 * height * width
     if good.sum() < max(3, 0.6 * frames):
         return Measurement(present=False)
-    x, mask, area = x[good], mask[good], area[good].float()
+    x, mask, area, contrast = x[good], mask[good], area[good].float(), contrast[good]
     time = torch.arange(frames, dtype=torch.float32)[good]
 
     weights = mask.float()
     columns, rows = weights.sum(1), weights.sum(2)  # (F, W), (F, H)
-    cx = (columns * torch.arange(width)).sum(1) / area / width
-    cy = (rows * torch.arange(height)).sum(1) / area / height
+    soft = contrast * (contrast > FOREGROUND / 3)  # antialiased edges carry the subpixel position
+    soft = soft / soft.flatten(1).sum(1).view(-1, 1, 1)
+    cx = (soft.sum(1) * torch.arange(width)).sum(1) / width
+    cy = (soft.sum(2) * torch.arange(height)).sum(1) / height
     centred = time - time.mean()
     slope = lambda c: float((centred * (c - c.mean())).sum() / centred.square().sum() * (frames - 1))  # noqa: E731
     dx, dy = slope(cx), slope(cy)
