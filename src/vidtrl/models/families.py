@@ -1,0 +1,89 @@
+"""What really differs between video model families, one row of data each.
+
+The stock pipeline prepares the conditioning (capture.py); a row only says how its denoiser's numbers relate to the
+canonical ones: layout, sign, prediction type, timestep, sigma grid, frame rule. `check_model` proves a row on a
+checkpoint. To add a family, add a row and a tiny pipeline in tests/tiny_pipelines.py (docs/models.md).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table.
+
+    Args:
+        name: the family's name.
+        pipelines: diffusers pipeline classes it covers.
+        layout: the denoiser's latents: "BCFHW", "BFCHW", "BFHWC", or "packed" (B, tokens, C * patch).
+        prediction: "flow" (velocity), "v_prediction" or "epsilon" (VP schedules).
+        sign: what multiplies the denoiser's output to give noise - x0; -1 where the model predicts x0 - noise.
+        timestep: "noise" (1000 sigma) or "clean" (1000 (1 - sigma)).
+        grid: what the pipeline passes to `scheduler.set_timesteps`: "default" (only the number of steps), "uniform"
+            (sigmas 1 ... 1/N) or "linear_quadratic" (Mochi).
+        mu: the dynamic shift the pipeline passes along: None, "sequence" (from the number of latent tokens) or a number.
+        normalize: whether latents are shifted and scaled by the VAE's statistics.
+        pixel_range: what the VAE takes.
+        per_sample_sigma: whether one batch may mix noise levels.
+        factors: pipeline attributes with the VAE's temporal and spatial compression.
+        frame_offset: valid frame counts are frame_offset + k * temporal factor.
+        pixel_multiple: height and width must divide by this, besides VAE factor times patch.
+        frames_argument: the pipeline's name for the number of frames.
+        fps_argument: the pipeline's name for the frame rate; "" when the model knows no frame rate.
+        image: whether the pipeline needs an `image`.
+        guidance: the pipeline argument of classifier-free guidance; "guider" when it is a component.
+        call: further pipeline arguments for capture.
+        negative_call: pipeline arguments that make it encode a prompt the way it encodes negative ones.
+        tie_to_timestep: denoiser arguments that must follow the timestep.
+        shared: top-level tensor arguments that belong to the size, not to a clip.
+        vae_batch: clips per VAE call; 0 for no limit.
+        vae_tiling: the VAE works only with tiling enabled.
+    """
+
+    name: str
+    pipelines: tuple[str, ...]
+    layout: str = "BCFHW"
+    prediction: str = "flow"
+    sign: int = 1
+    timestep: str = "noise"
+    grid: str = "default"
+    mu: str | float | None = None
+    normalize: bool = True
+    pixel_range: tuple[float, float] = (-1.0, 1.0)
+    per_sample_sigma: bool = True
+    factors: tuple[str, str] = ("vae_scale_factor_temporal", "vae_scale_factor_spatial")
+    frame_offset: int = 1
+    pixel_multiple: int = 1
+    frames_argument: str = "num_frames"
+    fps_argument: str = ""
+    image: bool = False
+    guidance: str = "guidance_scale"
+    call: dict[str, Any] = field(default_factory=dict)
+    negative_call: dict[str, Any] = field(default_factory=dict)
+    tie_to_timestep: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    vae_batch: int = 0
+    vae_tiling: bool = False
+
+
+FAMILIES: tuple[Family, ...] = (Family("wan", ("WanPipeline",), pixel_multiple=16),)
+
+UNSUPPORTED: dict[str, str] = {}
+
+
+def find_family(pipeline_class: str) -> Family:
+    """The row for a pipeline class name.
+
+    Raises:
+        ValueError: the class is unknown or refused; the message has the reason.
+    """
+    for family in FAMILIES:
+        if pipeline_class in family.pipelines:
+            return family
+    if pipeline_class in UNSUPPORTED:
+        raise ValueError(f"{pipeline_class} cannot be trained: {UNSUPPORTED[pipeline_class]}")
+    supported = ", ".join(sorted(name for family in FAMILIES for name in family.pipelines))
+    raise ValueError(
+        f"{pipeline_class} is not a supported video pipeline. Supported: {supported}. docs/models.md says how to add one."
+    )

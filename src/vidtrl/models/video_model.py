@@ -1,0 +1,697 @@
+"""A diffusers video pipeline as a trainable model: condition, encode, decode, velocity, sigmas."""
+
+import contextlib
+import copy
+import difflib
+import inspect
+import math
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ClassifierFreeGuidance, DiffusionPipeline
+from torch import Tensor, nn
+
+from ..diffusion import flow
+from .capture import Condition, capture, patched
+from .families import Family, find_family
+
+
+_CHANNEL_DIM = {"BCFHW": 1, "BFCHW": 2, "BFHWC": 4, "packed": 2}
+
+
+class VideoModel:
+    """A pipeline whose denoiser can be called at any noise level, in canonical coordinates.
+
+    Canonical latents are (B, C, f, h, w), float32, normalised; x_sigma = (1 - sigma) x0 + sigma noise and the velocity
+    is noise - x0 for every family. Videos are lists of float32 tensors (F, C, H, W) in [0, 1].
+
+    Args:
+        pipe: a loaded diffusers pipeline of a supported family (`vidtrl.models.FAMILIES`).
+
+    Attributes:
+        pipe: the pipeline.
+        family: its row of the table.
+        denoisers: {"transformer": module}, with "transformer_2" for two-expert models.
+        boundary: sigma from which on "transformer" is used and below which "transformer_2"; None with one expert.
+        frame_multiple, frame_offset: valid frame counts are frame_offset + k * frame_multiple.
+        pixel_multiple: height and width must be multiples of it.
+        per_sample_sigma: whether `velocity` takes a different sigma per clip.
+
+    Raises:
+        ValueError: the pipeline's class, scheduler or guider is not supported; the message has the reason.
+
+    Example:
+        >>> model = VideoModel.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", torch_dtype=torch.bfloat16)
+        >>> condition = model.condition("a red circle moving right", height=480, width=832, num_frames=81)
+        >>> x0, _ = model.encode(videos)
+        >>> noise = torch.randn_like(x0)
+        >>> prediction = model.velocity(0.3 * x0 + 0.7 * noise, 0.7, condition)
+        >>> loss = (prediction - (noise - x0)).square().mean()
+    """
+
+    def __init__(self, pipe: DiffusionPipeline):
+        self._setup(pipe, find_family(type(pipe).__name__))
+
+    def _setup(self, pipe: DiffusionPipeline, family: Family) -> None:
+        self.pipe, self.family = pipe, family
+        self._source: dict[str, Any] | None = None
+        self._offloaded: dict[str, nn.Module | None] = {}
+        components = pipe.components
+        self.denoisers = {n: components[n] for n in ("transformer", "transformer_2") if components.get(n) is not None}
+        if not self.denoisers:
+            raise ValueError(
+                f"{type(pipe).__name__} has no transformer loaded; load the pipeline with its transformer."
+            )
+        self.boundary = pipe.config.get("boundary_ratio") if len(self.denoisers) > 1 else None
+        if len(self.denoisers) > 1 and self.boundary is None:
+            raise ValueError("The pipeline has two transformers but boundary_ratio is None; set boundary_ratio.")
+        self._check_guider()
+
+        config = next(iter(self.denoisers.values())).config
+        patch = config.get("patch_size") or 1
+        spatial_patch = patch if isinstance(patch, int) else patch[-1]
+        temporal_patch = config.get("patch_size_t") or (1 if isinstance(patch, int) else patch[0])
+        self._patch = (temporal_patch, spatial_patch)
+        self.temporal_factor, self.spatial_factor = (int(getattr(pipe, name)) for name in family.factors)
+        self.frame_multiple = self.temporal_factor * temporal_patch
+        # the latent frame count (F - offset) / factor + 1 must divide by the temporal patch (CogVideoX 1.5)
+        self.frame_offset = family.frame_offset + self.temporal_factor * (temporal_patch - 1)
+        self.pixel_multiple = math.lcm(self.spatial_factor * spatial_patch, family.pixel_multiple)
+        self.per_sample_sigma = family.per_sample_sigma
+        self._setup_vae(pipe.vae)
+        self._setup_scheduler(pipe.scheduler)
+
+    def _setup_vae(self, vae: nn.Module) -> None:
+        # LTX keeps the statistics in buffers, the others in the config
+        stats = {**vae.config, **dict(vae.named_buffers())}
+        self._channels = int(stats.get("z_dim") or stats["latent_channels"])
+        self._latents_mean, self._latents_scale = torch.zeros(1), torch.ones(1)
+        if self.family.normalize:
+            self._latents_scale = self._latents_scale * (stats.get("scaling_factor") or 1.0)
+            if stats.get("latents_mean") is not None:
+                mean, std = (
+                    torch.as_tensor(stats[k], dtype=torch.float32, device="cpu")
+                    for k in ("latents_mean", "latents_std")
+                )
+                self._latents_mean, self._latents_scale = mean, self._latents_scale / std
+        self._latents_mean, self._latents_scale = (
+            t.reshape(1, -1, 1, 1, 1) for t in (self._latents_mean, self._latents_scale)
+        )
+        if self.family.vae_tiling:
+            vae.enable_tiling()
+
+    def _setup_scheduler(self, scheduler) -> None:
+        config, name = scheduler.config, type(scheduler).__name__
+        is_flow = "FlowMatch" in name or "FlowMap" in name or bool(config.get("use_flow_sigmas"))
+        if is_flow != (self.family.prediction == "flow"):
+            kind = "a flow-matching" if self.family.prediction == "flow" else f"a {self.family.prediction} (VP)"
+            raise ValueError(
+                f"{type(self.pipe).__name__} is {kind} family, but its scheduler is {name} "
+                f"({'flow' if is_flow else config.get('prediction_type')}). Load the scheduler that belongs to the checkpoint."
+            )
+        if not is_flow and config.get("prediction_type") != self.family.prediction:
+            raise ValueError(
+                f"This checkpoint's scheduler says prediction_type={config.get('prediction_type')!r}, but the "
+                f"{self.family.name} family predicts {self.family.prediction!r}."
+            )
+        self._num_train_timesteps = config.num_train_timesteps
+        self._vp_sigmas = None if is_flow else flow.vp_to_flow_sigma(scheduler.alphas_cumprod.float().cpu())
+        probe = copy.deepcopy(scheduler)
+        probe.set_timesteps(2, **({"mu": 1.0} if config.get("use_dynamic_shifting") else {}))
+        self._integer_timesteps = not probe.timesteps.is_floating_point()
+
+    def _check_guider(self) -> None:
+        if self.family.guidance != "guider":
+            return
+        guider = self.pipe.guider
+        plain = type(guider) is ClassifierFreeGuidance
+        if not plain or guider.use_original_formulation or guider.guidance_rescale:
+            raise ValueError(
+                f"{type(guider).__name__} as configured is not plain classifier-free guidance; samples of the trained "
+                "model could not match the pipeline's (momentum and rescaling keep state between steps). Use "
+                "pipe.guider = diffusers.ClassifierFreeGuidance(guidance_scale=...) before passing the pipeline."
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike | DiffusionPipeline,
+        torch_dtype: torch.dtype | str | None = None,
+        quantization_config: Any | None = None,
+        **load_kwargs: Any,
+    ) -> "VideoModel":
+        """Load a pipeline and wrap it.
+
+        Args:
+            model: Hub id, local directory written by `save_pretrained`, or a loaded pipeline.
+            torch_dtype: dtype to load the weights in.
+            quantization_config: a diffusers `PipelineQuantizationConfig`, passed through.
+            **load_kwargs: further arguments of `DiffusionPipeline.from_pretrained` (`revision`, `token`, ...).
+
+        Raises:
+            ValueError: nothing can be loaded from there, or the pipeline is not supported; the message has the reason.
+        """
+        options = dict(load_kwargs)
+        if torch_dtype is not None:
+            options["torch_dtype"] = torch_dtype
+        if quantization_config is not None:
+            options["quantization_config"] = quantization_config
+        if isinstance(model, DiffusionPipeline):
+            if options:
+                raise ValueError(
+                    f"{', '.join(options)} only apply when a path or Hub id is loaded, not to a loaded pipeline."
+                )
+            return cls(model)
+        if not isinstance(model, (str, os.PathLike)):
+            raise TypeError(f"model must be a Hub id, a path or a diffusers pipeline, got {type(model).__name__}.")
+        path = os.fspath(model)
+        hub = {
+            k: options[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in options
+        }
+        _check_path(path)
+        try:
+            index = DiffusionPipeline.load_config(path, **hub)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"Cannot load a pipeline from {path!r}: neither a local directory with a model_index.json nor a Hub "
+                f"repository that can be reached or is cached ({str(error).strip().splitlines()[0]})"
+            ) from error
+        find_family(index["_class_name"])  # refuse before gigabytes are read
+        self = cls(DiffusionPipeline.from_pretrained(path, **options))
+        self._source = {"path": path, **options}
+        return self
+
+    # --- geometry -------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return next(next(iter(self.denoisers.values())).parameters()).device
+
+    def nearest_frames(self, num_frames: int) -> int:
+        """The valid frame count nearest to `num_frames` (the smaller one on a tie)."""
+        k = max(0, math.ceil((num_frames - self.frame_offset) / self.frame_multiple - 0.5))
+        return max(self.frame_offset + k * self.frame_multiple, self.frame_offset or self.frame_multiple)
+
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        """The valid (height, width) nearest to the given one."""
+        m = self.pixel_multiple
+        return tuple(max(1, math.ceil(x / m - 0.5)) * m for x in (height, width))
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(C, f, h, w) of a clip's latents.
+
+        Raises:
+            ValueError: an invalid size; the message says the nearest valid one.
+        """
+        size, frames = self.nearest_size(height, width), self.nearest_frames(num_frames)
+        if frames != num_frames:
+            rule = f"{self.frame_multiple}k" + (f"+{self.frame_offset}" if self.frame_offset else "")
+            raise ValueError(
+                f"num_frames={num_frames} is not valid for {self.family.name}: it takes {rule} frames; the nearest is {frames}."
+            )
+        if size != (height, width):
+            raise ValueError(
+                f"{height}x{width} (height x width) is not valid for {self.family.name}: both must be multiples of "
+                f"{self.pixel_multiple}; the nearest is {size[0]}x{size[1]}."
+            )
+        latent_frames = (num_frames - self.family.frame_offset) // self.temporal_factor + self.family.frame_offset
+        return self._channels, latent_frames, height // self.spatial_factor, width // self.spatial_factor
+
+    # --- conditioning ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def condition(
+        self,
+        prompt: str | list[str] | None,
+        height: int,
+        width: int,
+        num_frames: int,
+        *,
+        image: Any | None = None,
+        fps: float | None = None,
+        negative: bool = False,
+        **pipeline_kwargs: Any,
+    ) -> Condition:
+        """Everything the denoiser needs besides latents and timestep, prepared by the stock pipeline.
+
+        Guidance is off and embedded guidance is 1.0, the value models are trained with.
+
+        Args:
+            prompt: one prompt or a list; None when `prompt_embeds` is passed.
+            height, width: in pixels.
+            num_frames: frames of the clip.
+            image: the first frame(s) for image-to-video families, as the pipeline takes them (one per prompt).
+            fps: frame rate, for families that know one.
+            negative: encode the prompt as the pipeline encodes negative prompts (some pipelines treat them differently).
+            **pipeline_kwargs: further arguments of the pipeline, such as `max_sequence_length`.
+
+        Raises:
+            ValueError: an invalid size (the message says the nearest valid one), an unknown pipeline argument, or an
+                image that is missing or not wanted.
+        """
+        latent_shape = self.latent_shape(num_frames, height, width)
+        prompts = prompt if isinstance(prompt, list) else [prompt]
+        images = image if isinstance(image, list) else [image] * len(prompts)
+        if not prompts or len(images) != len(prompts):
+            raise ValueError(f"Got {len(prompts)} prompts and {len(images)} images; pass one image per prompt.")
+        if self.family.image != (images[0] is not None):
+            need = "needs an image per prompt" if self.family.image else "takes no image"
+            raise ValueError(f"{type(self.pipe).__name__} {need}.")
+        call = self._call_arguments(height, width, num_frames, fps, negative, pipeline_kwargs)
+        # One prompt at a time: what belongs to a clip is then unmistakable, and equals what a single call gives.
+        conditions = []
+        for text, picture in zip(prompts, images, strict=True):
+            single = dict(call, prompt=text) if text is not None else dict(call)
+            if picture is not None:
+                single["image"] = picture
+            with self._guidance_off():
+                caught = capture(self.pipe, self.denoisers, **single)
+            conditions.append(self._to_condition(caught, latent_shape))
+        return Condition.cat(conditions)
+
+    def _call_arguments(self, height, width, num_frames, fps, negative, pipeline_kwargs) -> dict[str, Any]:
+        row = self.family
+        known = inspect.signature(type(self.pipe).__call__).parameters
+        for name in pipeline_kwargs:
+            if name not in known:
+                hint = difflib.get_close_matches(name, known, 1)
+                raise ValueError(
+                    f"{type(self.pipe).__name__} has no argument {name!r}"
+                    + (f"; did you mean {hint[0]!r}?" if hint else ".")
+                )
+        call = {"height": height, "width": width, row.frames_argument: num_frames, "output_type": "latent"}
+        # two steps, as Mochi's grid is undefined for one; the second is never reached
+        call |= {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
+        if "guidance_scale" in known:
+            call["guidance_scale"] = 1.0
+        if fps is not None and row.fps_argument:
+            call[row.fps_argument] = fps
+        call |= row.call
+        if negative:
+            call |= row.negative_call
+        reserved = sorted(call.keys() & pipeline_kwargs.keys() - row.call.keys() - row.negative_call.keys())
+        if reserved:
+            raise ValueError(f"{', '.join(reserved)} cannot be passed as pipeline arguments here; vidtrl sets them.")
+        return call | pipeline_kwargs
+
+    def _guidance_off(self) -> contextlib.AbstractContextManager:
+        if self.family.guidance == "guider":
+            return patched(self.pipe, guider=ClassifierFreeGuidance(guidance_scale=1.0))
+        return contextlib.nullcontext()
+
+    def _to_condition(self, caught: dict[str, Any], latent_shape: tuple[int, int, int, int]) -> Condition:
+        row = self.family
+        hidden, timestep = caught.pop("hidden_states"), caught.pop("timestep")
+        caught.pop("return_dict", None)
+        for name in row.tie_to_timestep:
+            caught.pop(name)
+        sample: dict[str, Tensor] = {}
+        shared: dict[str, Any] = {}
+        for name, value in caught.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape[0] == 1 and name not in row.shared:
+                sample[name] = value
+            elif value is not None:
+                shared[name] = value
+        dim = _CHANNEL_DIM[row.layout]
+        used = self.pack(torch.zeros(1, *latent_shape)).shape[dim]
+        if hidden.shape[dim] > used:
+            sample["hidden_states"] = hidden.narrow(dim, used, hidden.shape[dim] - used)
+        if timestep.ndim > 1:  # one timestep per token or frame; zero marks tokens that are given, not denoised
+            sample["timestep"] = (timestep > 0).float()
+            if bool((timestep == 0).any()):
+                sample["fixed_mask"] = self._token_mask(timestep == 0, latent_shape).float()
+                sample["fixed_latents"] = self.unpack(hidden.narrow(dim, 0, used), latent_shape).float()
+        dtype = next(iter(self.denoisers.values())).dtype
+        return Condition([sample], shared, tuple(latent_shape), dtype, timestep.dtype)
+
+    def _token_mask(self, mask: Tensor, latent_shape: tuple[int, int, int, int]) -> Tensor:
+        """(1, tokens) or (1, frames) -> (1, 1, f, h, w)."""
+        _, f, h, w = latent_shape
+        if mask[0].numel() == f:
+            return mask.reshape(1, 1, f, 1, 1).expand(1, 1, f, h, w).contiguous()
+        pt, p = self._patch
+        mask = mask.reshape(1, 1, f // pt, h // p, w // p)
+        return mask.repeat_interleave(pt, 2).repeat_interleave(p, 3).repeat_interleave(p, 4)
+
+    # --- layout ---------------------------------------------------------------------------------------------------
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Canonical (B, C, f, h, w) -> the denoiser's layout."""
+        layout = self.family.layout
+        if layout == "BFCHW":
+            return latents.permute(0, 2, 1, 3, 4)
+        if layout == "BFHWC":
+            return latents.permute(0, 2, 3, 4, 1)
+        if layout == "packed":
+            b, c, f, h, w = latents.shape
+            pt, p = self._patch
+            x = latents.reshape(b, c, f // pt, pt, h // p, p, w // p, p)
+            return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4, 7).flatten(1, 3)
+        return latents
+
+    def unpack(self, hidden: Tensor, latent_shape: tuple[int, int, int, int]) -> Tensor:
+        """The denoiser's layout -> canonical (B, C, f, h, w)."""
+        layout = self.family.layout
+        if layout == "BFCHW":
+            return hidden.permute(0, 2, 1, 3, 4)
+        if layout == "BFHWC":
+            return hidden.permute(0, 4, 1, 2, 3)
+        if layout == "packed":
+            c, f, h, w = latent_shape
+            pt, p = self._patch
+            x = hidden.reshape(-1, f // pt, h // p, w // p, c, pt, p, p)
+            return x.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(-1, c, f, h, w)
+        return hidden
+
+    # --- VAE ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, videos: Tensor | list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Videos in [0, 1] -> mean and standard deviation of the latents' posterior.
+
+        Args:
+            videos: (B, F, C, H, W), or a list of (F, C, H, W) of one size; values in [0, 1].
+
+        Returns:
+            two canonical normalised float32 tensors (B, C, f, h, w).
+
+        Raises:
+            ValueError: an invalid size; the message says the nearest valid one.
+        """
+        vae = self._vae()
+        videos = torch.stack(list(videos)) if not isinstance(videos, Tensor) else videos
+        if videos.ndim != 5 or videos.shape[2] != 3:
+            raise ValueError(f"videos must be (B, F, 3, H, W) or a list of (F, 3, H, W), got {tuple(videos.shape)}.")
+        self.latent_shape(videos.shape[1], *videos.shape[3:])
+        low, high = self.family.pixel_range
+        pixels = (videos.float() * (high - low) + low).transpose(1, 2)
+        moments = []
+        for chunk in pixels.split(self.family.vae_batch or len(pixels)):
+            posterior = vae.encode(chunk.to(device=vae.device, dtype=vae.dtype)).latent_dist
+            moments.append((posterior.mean.float(), posterior.std.float()))
+        mean, std = (torch.cat(m) for m in zip(*moments, strict=True))
+        shift, scale = self._latents_mean.to(mean.device), self._latents_scale.to(mean.device)
+        return (mean - shift) * scale, std * scale.abs()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, chunk_size: int | None = None) -> list[Tensor]:
+        """Canonical latents (B, C, f, h, w) -> B videos (F, C, H, W), float32 in [0, 1].
+
+        Args:
+            latents: clean canonical latents.
+            chunk_size: clips per VAE call; all at once by default.
+        """
+        vae = self._vae()
+        low, high = self.family.pixel_range
+        videos = []
+        for chunk in latents.split(self.family.vae_batch or chunk_size or len(latents)):
+            z = self.denormalize(chunk).to(device=vae.device, dtype=vae.dtype)
+            # timestep-conditioned decoders (LTX 0.9.1 and later) are asked for the clean end, as the pipeline does
+            extra = (z.new_zeros(len(z)),) if vae.config.get("timestep_conditioning") else ()
+            pixels = vae.decode(z, *extra, return_dict=False)[0].float()
+            videos.extend(((pixels - low) / (high - low)).clamp(0, 1).transpose(1, 2).unbind())
+        return videos
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """Canonical normalised latents -> what `vae.decode` takes, float32."""
+        latents = latents.float()
+        return latents / self._latents_scale.to(latents.device) + self._latents_mean.to(latents.device)
+
+    def _vae(self) -> nn.Module:
+        if self.pipe.vae is None:
+            raise ValueError("The VAE is offloaded; call restore_encoders() first.")
+        return self.pipe.vae
+
+    # --- the denoiser ---------------------------------------------------------------------------------------------
+
+    def expert(self, sigma: float) -> str:
+        """Which of `denoisers` works at noise level `sigma`."""
+        if self.boundary is None:
+            return next(iter(self.denoisers))
+        t = float(self.timestep(torch.tensor(float(sigma))))
+        return "transformer" if t >= self.boundary * self._num_train_timesteps else "transformer_2"
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The family's timestep at `sigma` (any shape), float32; whole numbers where the scheduler's are integers."""
+        if self._vp_sigmas is not None:
+            t = _interpolate(sigma, self._vp_sigmas.to(sigma.device))
+            return t.round() if self._integer_timesteps else t
+        t = (sigma if self.family.timestep == "noise" else 1 - sigma) * self._num_train_timesteps
+        # flow schedulers with integer timesteps truncate; 2**-14 absorbs the float32 rounding of 1000 * sigma
+        return (t + 2**-14).floor() if self._integer_timesteps else t
+
+    def velocity(
+        self,
+        latents: Tensor,
+        sigma: float | Tensor,
+        condition: Condition,
+        *,
+        denoiser: nn.Module | dict[str, nn.Module] | None = None,
+    ) -> Tensor:
+        """The model's velocity noise - x0 at x_sigma. Gradients flow; the caller sets autocast.
+
+        Args:
+            latents: x_sigma, canonical (B, C, f, h, w).
+            sigma: noise level in (0, 1], float or (B,).
+            condition: of B clips, or of one clip used for all.
+            denoiser: the wrapped (DDP, PEFT, compiled) module to call instead of the model's own, or a dict by expert
+                name.
+
+        Returns:
+            (B, C, f, h, w) float32.
+
+        Raises:
+            ValueError: sigmas that differ within the batch where the family (or a two-expert boundary between them)
+                does not allow it, or a condition of another batch size.
+        """
+        batch = len(latents)
+        if len(condition) == 1 and batch > 1:
+            condition = condition[[0] * batch]
+        if len(condition) != batch:
+            raise ValueError(f"{batch} latents but {len(condition)} conditions; they must match.")
+        name = self._expert_of_batch(sigma)
+        if isinstance(denoiser, dict):
+            denoiser = denoiser.get(name)
+        call = denoiser if denoiser is not None else self.denoisers[name]
+        dtype = self.denoisers[name].dtype
+
+        x = latents.float()
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(batch)
+        groups = condition.batches()
+        parts = [
+            (rows, self._velocity(call, dtype, x[rows], sigma[rows], tensors, condition))
+            if len(groups) > 1
+            else (rows, self._velocity(call, dtype, x, sigma, tensors, condition))
+            for rows, tensors in groups
+        ]
+        if len(parts) == 1:
+            return parts[0][1]
+        order = torch.tensor([i for rows, _ in parts for i in rows], device=x.device).argsort()
+        return torch.cat([v for _, v in parts])[order]
+
+    def _expert_of_batch(self, sigma: float | Tensor) -> str:
+        if not isinstance(sigma, Tensor) or sigma.numel() == 1:
+            return self.expert(float(sigma))
+        if not self.per_sample_sigma and bool((sigma != sigma[0]).any()):
+            raise ValueError(
+                f"The {self.family.name} family takes one sigma per batch (its denoiser is wrong for mixed noise levels); "
+                "pass a single sigma."
+            )
+        if self.boundary is None:
+            return next(iter(self.denoisers))
+        names = {self.expert(s) for s in sigma.tolist()}
+        if len(names) > 1:
+            raise ValueError(
+                f"The batch mixes sigmas of both experts (boundary {self.boundary}); keep each batch on one side."
+            )
+        return names.pop()
+
+    def _velocity(
+        self,
+        call: nn.Module,
+        dtype: torch.dtype,
+        x: Tensor,
+        sigma: Tensor,
+        tensors: dict[str, Tensor],
+        condition: Condition,
+    ) -> Tensor:
+        row, device = self.family, x.device
+        fixed = None
+        if "fixed_mask" in tensors:
+            fixed, given = (tensors[k].to(device) for k in ("fixed_mask", "fixed_latents"))
+            x_in = torch.lerp(x, given, fixed)
+        else:
+            x_in = x
+        if self._vp_sigmas is not None:
+            x_in = x_in / self.noise_scale(sigma).reshape(-1, 1, 1, 1, 1)
+        hidden = self.pack(x_in).to(dtype)
+        dim = _CHANNEL_DIM[row.layout]
+        channels = hidden.shape[dim]
+
+        kwargs = _to_device(condition.shared, device)
+        for name, value in tensors.items():
+            if not name.startswith("fixed_"):
+                kwargs[name] = value.to(device=device, dtype=dtype if value.dtype == condition.dtype else value.dtype)
+        if "hidden_states" in kwargs:
+            hidden = torch.cat([hidden, kwargs["hidden_states"].to(dtype)], dim)
+        t = self.timestep(sigma)
+        if "timestep" in tensors:
+            mask = tensors["timestep"].to(device)
+            t = t.reshape(-1, *[1] * (mask.ndim - 1)) * mask
+        # the pipeline's dtype: some cast the timestep to half precision, and the model is used to it
+        t = t.to(dtype if condition.timestep_dtype == condition.dtype != torch.float32 else condition.timestep_dtype)
+        kwargs |= {"hidden_states": hidden, "timestep": t, "return_dict": False}
+        kwargs |= dict.fromkeys(row.tie_to_timestep, t)
+        output = call(**kwargs)[0]
+        # learned-variance heads append channels that no sampler uses
+        output = self.unpack(output.narrow(dim, 0, channels).float(), condition.latent_shape)
+        if self._vp_sigmas is not None:
+            velocity = flow.vp_output_to_velocity(output, x_in, sigma, row.prediction) * row.sign
+        else:
+            velocity = output * row.sign
+        if fixed is not None:  # given tokens move straight to their given value and carry no gradient
+            velocity = torch.lerp(velocity, (x - given) / sigma.reshape(-1, 1, 1, 1, 1), fixed)
+        return velocity
+
+    # --- noise levels ---------------------------------------------------------------------------------------------
+
+    def noise_scale(self, sigma: float | Tensor) -> float | Tensor:
+        """x_flow / x_native: what multiplies unit noise to start at `sigma` as the pipeline does (1 for flow models)."""
+        if self._vp_sigmas is None:
+            return 1.0
+        return ((1 - sigma) ** 2 + sigma**2) ** 0.5
+
+    def sigmas(self, num_inference_steps: int, latent_shape: tuple[int, int, int, int]) -> Tensor:
+        """The stock scheduler's own grid for this size: (N + 1,) float32, descending, ends with 0."""
+        row, scheduler = self.family, copy.deepcopy(self.pipe.scheduler)
+        kwargs: dict[str, Any] = {}
+        if row.grid == "uniform":
+            kwargs["sigmas"] = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        elif row.grid == "linear_quadratic":
+            kwargs["sigmas"] = flow.linear_quadratic_sigmas(num_inference_steps).numpy()
+        else:
+            kwargs["num_inference_steps"] = num_inference_steps
+        if row.mu is not None and "mu" in inspect.signature(scheduler.set_timesteps).parameters:
+            kwargs["mu"] = self._mu(latent_shape)
+        scheduler.set_timesteps(**kwargs)
+        if self._vp_sigmas is not None:
+            t = scheduler.timesteps.float().cpu()
+            low = self._vp_sigmas[t.floor().long()]
+            grid = low + (self._vp_sigmas[t.ceil().long()] - low) * (t - t.floor())
+        else:
+            grid = scheduler.sigmas[:-1].float().cpu()
+            grid = grid if row.timestep == "noise" else 1 - grid
+        return torch.cat([grid, torch.zeros(1)])
+
+    def _mu(self, latent_shape: tuple[int, int, int, int]) -> float:
+        if self.family.mu != "sequence":
+            return float(self.family.mu)
+        _, f, h, w = latent_shape
+        pt, p = self._patch
+        config = self.pipe.scheduler.config
+        return flow.sequence_mu(
+            (f // pt) * (h // p) * (w // p),
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+
+    def training_sigma(
+        self, u: Tensor, latent_shape: tuple[int, int, int, int] | None = None, shift: float | str = "auto"
+    ) -> Tensor:
+        """Training times u in [0, 1) (B,) -> sigma (B,), float32.
+
+        Args:
+            u: as drawn by `flow.sample_u`.
+            latent_shape: (C, f, h, w); needed where the model's shift depends on the size.
+            shift: "auto" for the model's own shift, or a number. VP models map u (shifted, if a number is given) to the
+                nearest timestep of their training table.
+        """
+        u = u.float()
+        if shift != "auto":
+            u = flow.shift_sigma(u, float(shift))
+        if self._vp_sigmas is not None:
+            table = self._vp_sigmas.to(u.device)
+            return table[(u * len(table)).long().clamp(0, len(table) - 1)]
+        return flow.shift_sigma(u, self._native_shift(latent_shape)) if shift == "auto" else u
+
+    def _native_shift(self, latent_shape: tuple[int, int, int, int] | None) -> float:
+        config = self.pipe.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            # an UniPC or DPM config has flow_shift, a FlowMatch one has shift
+            return float(config.get("flow_shift") or config.get("shift") or 1.0)
+        if self.family.mu == "sequence" and latent_shape is None:
+            raise ValueError("This model's shift depends on the clip's size; pass latent_shape.")
+        mu = self._mu(latent_shape) if self.family.mu is not None else 0.0
+        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
+    def native_weight(self, sigma: Tensor) -> Tensor:
+        """w (B,) with w * MSE(velocity) == the loss in the model's own prediction (1 for flow models)."""
+        if self._vp_sigmas is None:
+            return torch.ones_like(sigma, dtype=torch.float32)
+        return flow.vp_native_weight(sigma, self.family.prediction)
+
+    # --- memory ---------------------------------------------------------------------------------------------------
+
+    def offload_encoders(self) -> None:
+        """Drop text and image encoders and the VAE from device memory, once everything is cached.
+
+        A model loaded from a path forgets them and reloads them later; a pipeline that was passed in keeps them on the
+        CPU.
+        """
+        for name, component in self.pipe.components.items():
+            if isinstance(component, nn.Module) and name not in self.denoisers:
+                keep = self._source is None
+                self._offloaded[name] = component.to("cpu") if keep else None
+                self.pipe.register_modules(**{name: None})
+
+    def restore_encoders(self) -> None:
+        """Bring back what `offload_encoders` dropped, on the denoiser's device."""
+        if not self._offloaded:
+            return
+        if self._source is not None:
+            present = {k: v for k, v in self.pipe.components.items() if k not in self._offloaded}
+            options = {k: v for k, v in self._source.items() if k not in ("path", *present)}
+            loaded = type(self.pipe).from_pretrained(self._source["path"], **options, **present).components
+        else:
+            loaded = self._offloaded
+        self.pipe.register_modules(**{name: loaded[name].to(self.device) for name in self._offloaded})
+        if self.family.vae_tiling:
+            self.pipe.vae.enable_tiling()
+        self._offloaded = {}
+
+
+def _check_path(path: str) -> None:
+    """One clear line for a path that is not there, before the Hub is asked for it."""
+    is_hub_id = path.count("/") <= 1 and not path.startswith((".", "/", "~")) and "\\" not in path
+    if os.path.isdir(path):
+        if not os.path.isfile(os.path.join(path, "model_index.json")):
+            raise ValueError(f"{path!r} has no model_index.json; pass the directory that pipe.save_pretrained wrote.")
+    elif not is_hub_id:
+        parent, name = os.path.split(os.path.abspath(os.path.expanduser(path)))
+        siblings = os.listdir(parent) if os.path.isdir(parent) else []
+        hint = difflib.get_close_matches(name, siblings, 1)
+        raise ValueError(
+            f"No such directory: {path!r}" + (f"; did you mean {os.path.join(parent, hint[0])!r}?" if hint else ".")
+        )
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_to_device(v, device) for v in value)
+    if isinstance(value, dict):
+        return {k: _to_device(v, device) for k, v in value.items()}
+    return value
+
+
+def _interpolate(sigma: Tensor, table: Tensor) -> Tensor:
+    """Index (fractional) at which the ascending `table` takes the value `sigma`."""
+    upper = torch.searchsorted(table, sigma.contiguous()).clamp(1, len(table) - 1)
+    low, high = table[upper - 1], table[upper]
+    return (upper - 1 + (sigma - low) / (high - low)).clamp(0, len(table) - 1)
