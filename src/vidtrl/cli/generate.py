@@ -1,0 +1,85 @@
+"""Generate videos with plain diffusers: this file imports torch, diffusers and av, and nothing of vidtrl.
+
+`vidtrl demo` copies it into its output folder and runs it there in fresh processes, so that the videos it measures are
+what any diffusers user gets from the base model, and from the base model with the trained LoRA:
+
+    python generate.py --pipeline BASE --jobs jobs.json --output videos/base
+    python generate.py --pipeline BASE --lora sft --jobs jobs.json --output videos/sft
+
+`jobs.json` is a list of {"prompt", "seed", "file"}. Files that exist are kept, so an interrupted run goes on. Each
+finished file is announced on stdout.
+"""
+
+import argparse
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import torch
+from diffusers import DiffusionPipeline
+
+
+def write_mp4(path: Path, frames, fps: int, crf: int) -> None:
+    """Write frames, uint8 (F, H, W, 3), as h264; the name appears when the file is complete."""
+    partial = path.with_name(path.name + ".partial")
+    with av.open(str(partial), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(crf)})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    partial.replace(path)
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description="Generate videos with plain diffusers.")
+    parser.add_argument("--pipeline", required=True, help="directory or Hub id of the base pipeline")
+    parser.add_argument("--lora", help="directory with pytorch_lora_weights.safetensors")
+    parser.add_argument("--jobs", required=True, type=Path, help='JSON list of {"prompt", "seed", "file"}')
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--height", type=int, default=64)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--num_frames", type=int, default=17)
+    parser.add_argument("--fps", type=int, default=8)
+    parser.add_argument("--crf", type=int, default=10, help="x264 quality; low, so that the file hides no flicker")
+    parser.add_argument("--num_inference_steps", type=int, default=20)
+    parser.add_argument("--guidance_scale", type=float, default=3.0)
+    parser.add_argument("--max_sequence_length", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, default=12)
+    parser.add_argument("--threads", type=int, help="torch threads")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    jobs = [job for job in json.loads(args.jobs.read_text()) if not (args.output / job["file"]).exists()]
+    if not jobs:
+        return
+    pipe = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=torch.float32).to(args.device)
+    if args.lora:
+        pipe.load_lora_weights(args.lora)
+    pipe.set_progress_bar_config(disable=True)
+    for start in range(0, len(jobs), args.batch_size):
+        batch = jobs[start : start + args.batch_size]
+        # one generator a clip: its noise does not depend on the batch it is in
+        videos = pipe(
+            prompt=[job["prompt"] for job in batch],
+            generator=[torch.Generator("cpu").manual_seed(job["seed"]) for job in batch],
+            height=args.height,
+            width=args.width,
+            num_frames=args.num_frames,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            max_sequence_length=args.max_sequence_length,
+            output_type="np",
+        ).frames
+        for job, video in zip(batch, videos, strict=True):
+            write_mp4(args.output / job["file"], (video.clip(0, 1) * 255).round().astype("uint8"), args.fps, args.crf)
+            print(job["file"], flush=True)
+
+
+if __name__ == "__main__":
+    main()

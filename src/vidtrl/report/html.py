@@ -1,0 +1,192 @@
+"""One HTML file that shows what a run did, and needs nothing else to be read."""
+
+import base64
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..data.video import probe_video
+from .charts import layout
+from .intervals import Estimate
+
+
+@dataclass
+class Metric:
+    """
+    One row of the results.
+
+    Args:
+        name (`str`): What is measured.
+        values (`Mapping[str, Estimate]`): One estimate a model, in the order of the columns.
+        difference (`Estimate`): Last model minus first, over pairs.
+        higher_is_better (`bool`, *optional*, defaults to `True`): Which sign of the difference is an improvement.
+        percent (`bool`, *optional*, defaults to `False`): Show as a percentage.
+        help (`str`, *optional*, defaults to `""`): One sentence on how it is measured.
+    """
+
+    name: str
+    values: Mapping[str, Estimate]
+    difference: Estimate
+    higher_is_better: bool = True
+    percent: bool = False
+    help: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """`"better"`, `"worse"`, or `"unclear"` when the difference's interval holds 0."""
+        if self.difference.low <= 0 <= self.difference.high:
+            return "unclear"
+        return "better" if (self.difference.value > 0) == self.higher_is_better else "worse"
+
+
+@dataclass
+class Clip:
+    """
+    One prompt and the video that each model made of it.
+
+    Args:
+        prompt (`str`): Shown as text, whatever it contains.
+        videos (`Mapping[str, str | PathLike]`): Model name to h264 mp4 file, which is embedded.
+        notes (`Mapping[str, str]`, *optional*): Model name to a line under its video.
+        right (`Mapping[str, bool]`, *optional*): Model name to whether the video shows what was asked.
+    """
+
+    prompt: str
+    videos: Mapping[str, str | os.PathLike]
+    notes: Mapping[str, str] = field(default_factory=dict)
+    right: Mapping[str, bool] = field(default_factory=dict)
+
+
+@dataclass
+class Chart:
+    """
+    A line chart.
+
+    Args:
+        title (`str`): What the chart shows.
+        series (`Mapping[str, Sequence[tuple[float, float]]]`): Name to (x, y) points; at most four series.
+        x_label (`str`): With unit.
+        y_label (`str`): With unit.
+        note (`str`, *optional*, defaults to `""`): One sentence on how to read it.
+    """
+
+    title: str
+    series: Mapping[str, Sequence[tuple[float, float]]]
+    x_label: str
+    y_label: str
+    note: str = ""
+
+    def __post_init__(self):
+        if not 1 <= len(self.series) <= 4:
+            raise ValueError(f"chart {self.title!r} has {len(self.series)} series; it can show 1 to 4")
+
+
+def _embed(path: str | os.PathLike) -> dict:
+    """A video file as a data URI with its size, so that the page keeps its layout before the video is loaded."""
+    info = probe_video(path)
+    data = base64.b64encode(Path(path).read_bytes()).decode("ascii")
+    return {"src": f"data:video/mp4;base64,{data}", "width": info.width, "height": info.height}
+
+
+def write_report(
+    path: str | os.PathLike,
+    *,
+    title: str,
+    summary: str,
+    metrics: Sequence[Metric] = (),
+    clips: Sequence[Clip] = (),
+    clips_note: str = "",
+    charts: Sequence[Chart] = (),
+    settings: Mapping[str, object] | None = None,
+    versions: Mapping[str, object] | None = None,
+    num_open_clips: int = 12,
+) -> Path:
+    """
+    Write a self-contained HTML report: videos are embedded, curves are inline SVG, nothing is requested from anywhere.
+    All texts are escaped, and a Content-Security-Policy lets only the page's own script run.
+
+    Args:
+        path (`str` or `PathLike`): HTML file to write; replaced as a whole.
+        title (`str`): Heading.
+        summary (`str`): The result in a sentence or two.
+        metrics (`Sequence[Metric]`, *optional*): Rows of the results table; all over the same models.
+        clips (`Sequence[Clip]`, *optional*): Prompts with their videos side by side.
+        clips_note (`str`, *optional*): How the clips were chosen.
+        charts (`Sequence[Chart]`, *optional*): Learning curves.
+        settings (`Mapping[str, object]`, *optional*): What was run.
+        versions (`Mapping[str, object]`, *optional*): Packages and hardware.
+        num_open_clips (`int`, *optional*, defaults to `12`): Clips shown at once; the others unfold.
+
+    Returns:
+        `Path`: The file.
+
+    Raises:
+        `ValueError`: If the metrics disagree about the models, or a video cannot be read.
+
+    Example:
+
+    ```python
+    from vidtrl.report import Chart, write_report
+
+    write_report(
+        "report.html",
+        title="My run",
+        summary="The loss fell.",
+        charts=[Chart("Loss", {"train": [(0, 1.0), (100, 0.4)]}, x_label="step", y_label="loss")],
+    )
+    ```
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    models = list(metrics[0].values) if metrics else []
+    for metric in metrics:
+        if list(metric.values) != models:
+            raise ValueError(f"metric {metric.name!r} covers {list(metric.values)}, the first one covers {models}")
+    environment = Environment(
+        loader=PackageLoader("vidtrl.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = _number
+    environment.filters["signed"] = lambda value, percent: ("+" if value > 0 else "") + _number(value, percent)
+    script = environment.get_template("report.js").render()
+    html = environment.get_template("report.html").render(
+        title=title,
+        summary=summary,
+        models=models,
+        metrics=metrics,
+        clips=[
+            {
+                "prompt": c.prompt,
+                "notes": c.notes,
+                "right": c.right,
+                "videos": {k: _embed(v) for k, v in c.videos.items()},
+            }
+            for c in clips
+        ],
+        clips_note=clips_note,
+        num_open_clips=num_open_clips,
+        charts=[
+            {"title": c.title, "x": c.x_label, "y": c.y_label, "note": c.note, **layout(c.series)} for c in charts
+        ],
+        settings=settings or {},
+        versions=versions or {},
+        script=script,
+        # CSP hashes the exact text between the script tags
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(html, encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def _number(value: float, percent: bool) -> str:
+    text = f"{100 * value:.0f} %" if percent else f"{value:.3f}"
+    return text.replace("-", "\N{MINUS SIGN}")
