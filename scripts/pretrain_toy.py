@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -117,7 +118,6 @@ def train_vae(out, image_steps, video_steps, seed=0):
 
     frames = clips(range(5 * 10**8, 5 * 10**8 + 400), rng, raw_share=0.5)[0].permute(0, 2, 1, 3, 4).flatten(0, 1)
     fit(image_steps, 3e-3, lambda _: frames[torch.randint(len(frames), (24,))][:, :, None], "image", 150)
-    del frames
     fit(video_steps, 1.5e-3, lambda i: clips(range(4 * i, 4 * i + 4), rng, raw_share=0.5)[0], "video", 200)
 
 
@@ -201,11 +201,9 @@ def train_model(out, steps, num_clips=6000, batch_size=16, lr=1.5e-3, seed=0):
         u = torch.rand(batch_size)
         sigma = 3 * u / (1 + 2 * u)
         s, noise = sigma.view(-1, 1, 1, 1, 1), torch.randn_like(x0)
-        with torch.autocast("cpu", torch.bfloat16):
-            v = transformer(
-                (1 - s) * x0 + s * noise, sigma * 1000, embed(tokenizer, text_encoder, batch, length), return_dict=False
-            )[0]
-        loss = (v.float() - (noise - x0)).square().mean()
+        prompt_embeds = embed(tokenizer, text_encoder, batch, length)
+        v = transformer((1 - s) * x0 + s * noise, sigma * 1000, prompt_embeds, return_dict=False)[0]
+        loss = (v - (noise - x0)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(nets.parameters(), 1.0)
@@ -241,3 +239,69 @@ def generate(pipe, prompts, seed, num_inference_steps=20, guidance_scale=3.0, **
             guidance_scale=guidance_scale, max_sequence_length=16, generator=generators, output_type="pt", **kwargs,
         ).frames.float()  # fmt: skip
     return videos, prompts
+
+
+def contact_sheet(rows, path, columns=9, left=190):
+    """One line a clip: (label, clip (F, 3, H, W) in [0, 1]), evenly spaced frames, enlarged twice."""
+    side = 2 * world.SIZE
+    sheet = Image.new("RGB", (left + columns * (side + 2), len(rows) * (side + 2)), (60, 60, 60))
+    draw = ImageDraw.Draw(sheet)
+    for i, (label, clip) in enumerate(rows):
+        draw.text((4, i * (side + 2) + side // 2 - 6), label, fill=(255, 255, 255))
+        for j, frame in enumerate(np.linspace(0, len(clip) - 1, columns).round().astype(int)):
+            pixels = (clip[frame].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+            picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(picture, (left + j * (side + 2), i * (side + 2)))
+    sheet.save(path, optimize=True)
+
+
+@torch.no_grad()
+def report(out, docs):
+    """Measure the saved pipeline as a user meets it, and write docs/toy_pipeline.{json,png} and docs/toy_vae.png."""
+    pipe = WanPipeline.from_pretrained(out, torch_dtype=torch.float32)
+    rows, numbers = [], {"size_mb": round(sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6, 2)}
+    numbers["parameters"] = {n: sum(p.numel() for p in getattr(pipe, n).parameters()) for n in MODULES}
+    for quality in world.QUALITIES:
+        held_out = torch.stack([world.render(c, quality, 3 * 10**8 + i) for i, c in enumerate(CAPTIONS)]) / 255
+        x = held_out.permute(0, 2, 1, 3, 4) * 2 - 1
+        y = torch.cat([pipe.vae.decode(pipe.vae.encode(part).latent_dist.mode()).sample for part in x.split(12)])
+        numbers[f"vae_{quality}"] = score(to_unit(y), CAPTIONS)
+        numbers[f"vae_{quality}"]["psnr"] = 10 * math.log10(4 / (y - x).square().mean())
+        for i in (1, 29, 43, 62):
+            rows += [(f"{CAPTIONS[i]}\n{quality}", held_out[i]), ("through the VAE", to_unit(y)[i])]
+    contact_sheet(rows, docs / "toy_vae.png")
+
+    start = time.time()
+    videos, prompts = generate(pipe, CAPTIONS * 2, seed=1)
+    numbers["base_cfg3_20_steps"] = {**score(videos, prompts), "seconds": round(time.time() - start, 1)}
+    contact_sheet([(prompts[i], videos[i]) for i in range(0, 144, 9)], docs / "toy_pipeline.png")
+    default_length = pipe(
+        CAPTIONS[::6], height=64, width=64, num_frames=17, num_inference_steps=20, guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0), output_type="pt",
+    ).frames.float()  # fmt: skip
+    numbers["base_512_text_tokens"] = score(list(default_length), CAPTIONS[::6])
+    text = json.dumps(numbers, indent=2)
+    (docs / "toy_pipeline.json").write_text(text + "\n")
+    print(text)
+
+
+MODULES = ("transformer", "text_encoder", "vae")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "src/vidtrl/toy/pipeline")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the numbers and pictures go")
+    parser.add_argument("--stage", choices=["all", "vae", "model", "report"], default="all")
+    parser.add_argument("--image_steps", type=int, default=900)
+    parser.add_argument("--video_steps", type=int, default=2600)
+    parser.add_argument("--model_steps", type=int, default=12000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.stage in ("all", "vae"):
+        train_vae(args.output, args.image_steps, args.video_steps, seed=args.seed)
+    if args.stage in ("all", "model"):
+        train_model(args.output, args.model_steps, seed=args.seed)
+    if args.stage in ("all", "report"):
+        report(args.output, args.docs)
