@@ -256,28 +256,26 @@ class _File:
 
     def _probe(self, container) -> VideoInfo:
         stream = container.streams.video[0]
+        stream.thread_count = 1
         entries = [e for e in stream.index_entries if not e.is_discard]
         if stream.frames and len(entries) >= stream.frames:  # mp4 and mov: every frame is in the header
-            num_frames, times = len(entries), sorted(e.timestamp for e in entries)
+            times = sorted(e.timestamp for e in entries)
             size = _size_of(self.source)
             if max(e.pos + e.size for e in entries) > size:
                 raise ValueError(f"{self.name} is truncated: its header lists frames beyond its {size} bytes")
         else:  # other containers only tell when their packets are listed
             times = _packet_times(container, stream, self.name)
-            num_frames = len(times)
-        rate = float(stream.average_rate or stream.guessed_rate or 0)
-        last = 1 / rate if rate else 0.0
-        duration = float((times[-1] - times[0]) * stream.time_base) + last
+            container.seek(0)
+        num_frames, rate = len(times), float(stream.average_rate or stream.guessed_rate or 0)
         if self.stated_fps:
             rate, duration = float(self.stated_fps), num_frames / self.stated_fps
-        elif not rate:
+        elif rate:
+            duration = float((times[-1] - times[0]) * stream.time_base) + 1 / rate
+        else:
             raise ValueError(f"{self.name} states no frame rate; add an `fps` column")
         height, width = stream.height, stream.width
-        if not height or not width:
-            raise ValueError(f"{self.name} states no frame size; it is probably damaged")
-        with self._container() as fresh:  # the packet list may have read `container` to its end
-            if _rotation(fresh, fresh.streams.video[0], self.name) % 180:
-                height, width = width, height
+        if _rotation(container, stream, self.name) % 180:
+            height, width = width, height
         return VideoInfo(num_frames, rate, height, width, duration)
 
     def times(self) -> np.ndarray:
@@ -397,18 +395,17 @@ def _to_uint8(image, name) -> np.ndarray:
 def _open_container(source, name):
     if isinstance(source, (str, os.PathLike)):
         try:
-            file = open(source, "rb")
+            file = open(source, "rb")  # a Python file: FFmpeg sees no path or URL of the data set
         except OSError as error:
             raise ValueError(f"{name} cannot be opened: {error.strerror}") from error
     else:
         file = io.BytesIO(source)
+    if _size_of(source) == 0:
+        raise ValueError(f"{name} cannot be read as a video: it is empty")
     try:
         container = av.open(file, container_options={"format_whitelist": _FORMATS}, io_open=_refuse)
-    except (av.error.FFmpegError, ValueError, EOFError) as error:
-        file.close()
-        empty = _size_of(source) == 0
-        reason = "it is empty" if empty else "no video data found, or the file is truncated"
-        raise ValueError(f"{name} cannot be read as a video: {reason}") from error
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise ValueError(f"{name} cannot be read as a video: no video data found, or the file is truncated") from error
     if not container.streams.video:
         container.close()
         raise ValueError(f"{name} has no video stream")

@@ -1,0 +1,59 @@
+"""The uncached path: clips decoded when they are asked for."""
+
+import torch
+from torch.utils.data import Dataset
+
+from .video import read_video, resize_crop
+
+
+class VideoDataset(Dataset):
+    """
+    The clips of a plan, decoded on access: for training with the VAE in memory, and for held-out clips.
+
+    Args:
+        dataset (`datasets.Dataset` or list of `dict`): With the columns of [`standardize_columns`].
+        plan ([`Plan`]): From [`plan_dataset`] on the same dataset.
+
+    Items are dicts: `video`, float32 `(F, C, H, W)` in [0, 1]; `prompt`; `sample_id`; `bucket`; `index`; `fps`, the clip's
+    frame rate after resampling; and the dataset's other columns.
+
+    Example:
+
+    ```python
+    >>> clips = VideoDataset(dataset, plan_dataset(dataset, height=64, width=64, num_frames=17))
+    >>> clips[0]["video"].shape
+    torch.Size([17, 3, 64, 64])
+    ```
+    """
+
+    def __init__(self, dataset, plan):
+        if not plan.complete:
+            raise ValueError("a streaming dataset must be cached before training: use cache=True")
+        self.dataset, self.plan, self.samples = dataset, plan, plan.samples
+
+    @property
+    def buckets(self) -> list[int]:
+        """The bucket of each item."""
+        return [sample.bucket for sample in self.samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict:
+        sample = self.samples[index]
+        row = self.dataset[sample.index]
+        item = {**row, "sample_id": sample.sample_id, "bucket": sample.bucket, "index": index, "fps": sample.fps}
+        item["video"] = load_clip(row, sample, self.plan.buckets[sample.bucket])
+        return item
+
+
+def load_clip(row: dict, sample, bucket, num_frames: int | None = None) -> torch.Tensor:
+    """Decode and resize the window of one planned clip: float32 `(F, C, H, W)` in [0, 1]."""
+    frames = read_video(
+        row["video"],
+        start=sample.start,
+        num_frames=num_frames or bucket.num_frames,
+        fps=sample.target_fps,
+        source_fps=row.get("fps"),
+    )
+    return resize_crop(frames, bucket.height, bucket.width)
