@@ -152,7 +152,10 @@ def write_report(
         lstrip_blocks=True,
     )
     environment.filters["number"] = _number
-    environment.filters["signed"] = lambda value, percent: ("+" if value > 0 else "") + _number(value, percent)
+    # a difference of two percentages is in points
+    environment.filters["signed"] = lambda value, percent: (
+        ("+" if value > 0 else "") + _number(value, percent).removesuffix(" %")
+    )
     script = environment.get_template("report.js").render()
     html = environment.get_template("report.html").render(
         title=title,
