@@ -190,6 +190,24 @@ def is_image_path(path) -> bool:
     return os.fspath(path).lower().endswith(IMAGE_EXTENSIONS)
 
 
+def load_image(image) -> Image.Image:
+    """A still image (PIL, path, bytes or `{"path", "bytes"}`) as an RGB `PIL.Image`, upright."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    name = source_name(image)
+    if isinstance(image, dict):
+        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
+    if isinstance(image, bytes):
+        image = io.BytesIO(image)
+    if not isinstance(image, (str, os.PathLike, io.BytesIO)):
+        raise ValueError(f"cannot read an image from {name}: use a PIL image, a path, or bytes")
+    try:
+        with Image.open(image) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
+
+
 def source_name(source) -> str:
     """A short name of a source for messages: the path where there is one."""
     if isinstance(source, dict):
@@ -208,11 +226,11 @@ def _open(source, fps):
         source = source.get("bytes") if source.get("bytes") is not None else source.get("path")
     if isinstance(source, (str, os.PathLike)):
         if is_image_path(source):
-            return _Frames([_load_image(source, name)], None, name)
+            return _Frames([load_image(source)], None, name)
         return _File(source, fps, name)
     if isinstance(source, (bytes, bytearray, memoryview)):
         if _is_image_bytes(source):
-            return _Frames([_load_image(io.BytesIO(source), name)], None, name)
+            return _Frames([load_image(bytes(source))], None, name)
         return _File(source, fps, name)
     if isinstance(source, Image.Image):
         return _Frames([source], None, name)
@@ -233,14 +251,6 @@ def _is_image_bytes(data) -> bool:
         or head[:4] == b"RIFF"
         and head[8:] == b"WEBP"
     )
-
-
-def _load_image(file, name) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 
 class _File:
@@ -377,12 +387,8 @@ class _Decoder:
 
 def _to_uint8(image, name) -> np.ndarray:
     """One frame of any kind as (H, W, 3) uint8."""
-    if isinstance(image, dict):
-        image = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]
-    if isinstance(image, (str, os.PathLike, io.BytesIO)):
-        image = _load_image(image, name)
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
+    if isinstance(image, (Image.Image, dict, str, os.PathLike, bytes)):
+        return np.asarray(load_image(image))
     image = torch.as_tensor(image)
     if image.ndim != 3 or 3 not in (image.shape[0], image.shape[2]):
         raise ValueError(f"{name}: a frame must be an image, (3, H, W) or (H, W, 3), got {tuple(image.shape)}")
