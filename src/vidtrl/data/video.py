@@ -5,6 +5,7 @@ A *source* is anything a dataset row may hold: a path, the bytes of a file, the 
 torchcodec `VideoDecoder`. torchcodec itself is never imported.
 """
 
+import contextlib
 import io
 import math
 import os
@@ -16,6 +17,7 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
@@ -75,14 +77,21 @@ def write_video(path, frames, fps: float, crf: int = 16) -> None:
     frames = frames.permute(0, 2, 3, 1).contiguous().numpy()
     height, width = frames.shape[1:3]
     target = path if hasattr(path, "write") else os.fspath(path)
+    pix_fmt = "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
+    reformatter = VideoReformatter()
     with av.open(target, "w", format="mp4") as container:
-        # libx264's thread count changes nothing in the picture, and one thread is faster for clips this short
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf)})
-        stream.width, stream.height = width, height
-        stream.pix_fmt = "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
-        stream.thread_count = 1
+        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
+        stream.thread_count = 1  # faster for short clips, and one picture whatever the machine
+        codec = stream.codec_context  # untagged colours are a guess of each player
+        codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
+        codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            frame = reformatter.reformat(
+                frame, format=pix_fmt, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, threads=1
+            )
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
 
@@ -302,7 +311,7 @@ class _File:
 
     def frames(self, indices) -> torch.Tensor:
         wanted = {self._pts[i]: i for i in indices}
-        last, got = max(wanted), {}
+        last, got, reformatter = max(wanted), {}, VideoReformatter()
         with self._container() as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
@@ -312,7 +321,8 @@ class _File:
                 for frame in container.decode(stream):
                     pts = frame.pts if frame.pts is not None else frame.dts
                     if pts in wanted:
-                        image = frame.to_ndarray(format="rgb24")
+                        # one thread: by default each frame starts a pool, which takes longer than its work
+                        image = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
                         got[wanted[pts]] = np.rot90(image, round(frame.rotation / 90)) if frame.rotation else image
                     if pts >= last and len(got) == len(wanted):
                         break
@@ -398,6 +408,7 @@ def _to_uint8(image, name) -> np.ndarray:
     return image.to(torch.uint8).cpu().numpy()
 
 
+@contextlib.contextmanager
 def _open_container(source, name):
     if isinstance(source, (str, os.PathLike)):
         try:
@@ -406,16 +417,19 @@ def _open_container(source, name):
             raise ValueError(f"{name} cannot be opened: {error.strerror}") from error
     else:
         file = io.BytesIO(source)
-    if _size_of(source) == 0:
-        raise ValueError(f"{name} cannot be read as a video: it is empty")
-    try:
-        container = av.open(file, container_options={"format_whitelist": _FORMATS}, io_open=_refuse)
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise ValueError(f"{name} cannot be read as a video: no video data found, or the file is truncated") from error
-    if not container.streams.video:
-        container.close()
-        raise ValueError(f"{name} has no video stream")
-    return container
+    with file:
+        if _size_of(source) == 0:
+            raise ValueError(f"{name} cannot be read as a video: it is empty")
+        try:
+            container = av.open(file, container_options={"format_whitelist": _FORMATS}, io_open=_refuse)
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            raise ValueError(
+                f"{name} cannot be read as a video: no video data found, or the file is truncated"
+            ) from error
+        with container:
+            if not container.streams.video:
+                raise ValueError(f"{name} has no video stream")
+            yield container
 
 
 def _refuse(url, flags, options):
