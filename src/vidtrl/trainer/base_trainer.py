@@ -1,0 +1,610 @@
+"""What every vidtrl trainer shares: a diffusers pipeline under `transformers.Trainer`.
+
+All overrides of private `Trainer` hooks live in this file, each with the reason for it. An algorithm is a subclass
+that overrides [`VideoTrainer.prepare_datasets`] and `compute_loss`.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from diffusers import DiffusionPipeline
+from huggingface_hub import upload_folder
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import HubStrategy, get_last_checkpoint, rotate_checkpoints
+from transformers.utils import PushInProgress, logging
+
+from ..hub.model_card import build_model_card
+from ..models import VideoModel
+from .base_config import VideoTrainingConfig
+from .callbacks import EMACallback, ValidationVideoCallback, VideoProgressCallback, VideoTensorBoardCallback
+from .checkpoint import (
+    check_output_dir,
+    claim_output_dir,
+    model_identity,
+    publish,
+    verify_checkpoint,
+    write_manifest,
+)
+from .ema import WeightAverage
+from .lora import ADAPTER_FILE, adapter_summary, add_lora, load_adapter, repeated_blocks, save_adapter
+
+
+logger = logging.get_logger(__name__)
+
+RAW_WEIGHTS = "training_weights.safetensors"  # beside an average, the weights that training itself continues from
+
+
+class VideoTrainer(Trainer):
+    """
+    Base of all vidtrl trainers. Not used by itself.
+
+    The pipeline is `self.video_model.pipe`; `self.model` is its denoiser, wrapped by PEFT when an adapter is trained.
+    PEFT injects in place, so the pipeline always samples with the present training weights and nothing is copied.
+
+    Args:
+        model (`str`, `PathLike` or `DiffusionPipeline`): Hub id, local path, or a loaded pipeline.
+        args ([`VideoTrainingConfig`], *optional*): Default: `output_dir` is named after model and method.
+        train_dataset, eval_dataset (`Dataset` or `IterableDataset`, *optional*): `eval_dataset` may be a dict of them.
+        callbacks (`list[TrainerCallback]`, *optional*): Added to the default ones.
+        optimizers (`tuple`, *optional*): Optimizer and scheduler.
+        quantization_config (*optional*): A diffusers quantisation configuration, used while loading `model`.
+        peft_config (`LoraConfig`, *optional*): Train an adapter; `None` trains all weights of the denoiser.
+
+    Raises:
+        `TypeError`, `ValueError`: For arguments that do not fit, with the fix in the message.
+    """
+
+    _name = "Video"
+    _tag_names = ["vidtrl"]
+    loss_is_scaled_for_ga = False  # `compute_loss` returns the mean over its batch
+
+    def __init__(
+        self,
+        model: str | os.PathLike | DiffusionPipeline,
+        args: VideoTrainingConfig,
+        *,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config=None,
+        peft_config: PeftConfig | None = None,
+        data_collator=None,
+    ):
+        if not isinstance(model, (str, os.PathLike, DiffusionPipeline)):
+            raise TypeError(
+                f"model must be a Hub id, a path or a DiffusionPipeline, not {type(model).__name__}. Pass the whole "
+                "pipeline, not its transformer."
+            )
+        if peft_config is not None and not isinstance(peft_config, PeftConfig):
+            raise TypeError(f"peft_config must be a peft.LoraConfig, not {type(peft_config).__name__}")
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            each = dataset.values() if name == "eval_dataset" and isinstance(dataset, dict) else [dataset]
+            for one in each:
+                if one is not None and not isinstance(one, (Dataset, IterableDataset, torch.utils.data.Dataset)):
+                    raise TypeError(
+                        f"{name} must be a datasets.Dataset, not {type(one).__name__}; see datasets.load_dataset"
+                    )
+        self.args = args
+        set_seed(args.seed)  # before PEFT, which draws the initial adapter
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process and nn.DataParallel is not supported: start with "
+                "`accelerate launch`, or show one GPU through CUDA_VISIBLE_DEVICES"
+            )
+
+        self.video_model = self._load_model(model, quantization_config, peft_config)
+        pipe, denoisers = self.video_model.pipe, self.video_model.denoisers
+        if args.expert is not None and len(denoisers) == 1:
+            raise ValueError(f"expert={args.expert!r} needs a model with two denoisers; {type(pipe).__name__} has one")
+        self.denoiser_name = "transformer_2" if args.expert == "low" else next(iter(denoisers))
+        # where this denoiser is used: the noisy expert above the boundary, the other one below
+        boundary = self.video_model.boundary
+        self.sigma_range = (0.0, 1.0)
+        if boundary is not None:
+            self.sigma_range = (0.0, boundary) if args.expert == "low" else (boundary, 1.0)
+        denoiser = denoisers[self.denoiser_name]
+        self.model_identity = model_identity(
+            type(pipe).__name__, str(pipe.name_or_path or ""), self.denoiser_name, denoiser
+        )
+        check_output_dir(args.output_dir, self.model_identity)
+        pipe.to(args.device)
+        if args.check_model:
+            from ..models import check_model
+
+            report = check_model(self.video_model, **(args.pipeline_kwargs or {}))
+            report.raise_if_failed()
+
+        for module in pipe.components.values():
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False)
+        train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset)
+        for name, module in denoisers.items():
+            if name != self.denoiser_name:
+                module.to("cpu")  # the expert that is not trained is only needed for sampling
+        set_seed(args.seed)  # whatever the preparation drew, the adapter starts the same
+        if peft_config is not None:
+            trained = add_lora(denoiser, peft_config)
+        else:
+            trained = denoiser.requires_grad_(True)
+        # diffusers' method has another name and signature than the one that Trainer.train() would call
+        if args.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        if args.compile_repeated_blocks:
+            for stack in repeated_blocks(denoiser).values():
+                for block in stack:
+                    block.compile()
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # the Trainer has this default for its own models only
+
+        super().__init__(
+            trained,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.num_skipped_batches = 0
+        self._last_log: tuple[float, int] | None = None
+        self.average = WeightAverage(self.model, args.ema_decay) if args.ema_decay is not None else None
+        if self.average is not None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError("ema_decay does not work with sharded weights (FSDP, DeepSpeed); leave it unset")
+            self.add_callback(EMACallback(self.average))
+        # the Trainer's TensorBoard callback needs a transformers configuration
+        if self.pop_callback(TensorBoardCallback) is not None:
+            self.add_callback(VideoTensorBoardCallback())
+        self.pop_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
+        if not args.disable_tqdm:
+            self.add_callback(VideoProgressCallback())
+        if args.validation_steps is not None:
+            self.add_callback(ValidationVideoCallback(self, self.validation_prompts()))
+
+    # ---- The model and its data ----
+
+    def _load_model(self, model, quantization_config, peft_config) -> VideoModel:
+        args = self.args
+        load_kwargs = dict(args.model_init_kwargs or {})
+        if isinstance(model, DiffusionPipeline):
+            if quantization_config is not None:
+                raise ValueError(
+                    "quantization_config is used while loading: pass the model's id or path instead of a pipeline, or "
+                    "load the pipeline quantised and leave quantization_config out"
+                )
+            if load_kwargs:
+                logger.warning("model_init_kwargs is ignored: the model is already loaded")
+            return VideoModel.from_pretrained(model)
+        if quantization_config is not None and "quantization_config" in load_kwargs:
+            raise ValueError("quantization_config is given twice: as an argument and in model_init_kwargs")
+        quantization_config = load_kwargs.pop("quantization_config", quantization_config)
+        torch_dtype = load_kwargs.pop("torch_dtype", None)
+        if isinstance(torch_dtype, str):
+            torch_dtype = getattr(torch, torch_dtype)
+        if torch_dtype is None:
+            # trained weights stay in float32 (autocast runs them in bfloat16); frozen ones need no more than bfloat16
+            torch_dtype = torch.bfloat16 if args.bf16 and peft_config is not None else torch.float32
+        return VideoModel.from_pretrained(
+            model, torch_dtype=torch_dtype, quantization_config=quantization_config, **load_kwargs
+        )
+
+    def prepare_datasets(self, train_dataset, eval_dataset) -> tuple[Any, Any]:
+        """Turn the user's datasets into what `compute_loss` needs. Called once, before the adapter is injected."""
+        return train_dataset, eval_dataset
+
+    @property
+    def pipe(self) -> DiffusionPipeline:
+        """The pipeline with the weights in training. Text encoder and VAE are loaded again if they left memory."""
+        self.video_model.restore_encoders()
+        if not self.is_fsdp_enabled:
+            self.video_model.pipe.to(self.args.device)
+        return self.video_model.pipe
+
+    def averaged_weights(self) -> contextlib.AbstractContextManager:
+        """The model holds the weight average inside this context, if there is one and training is under way."""
+        if self.average is None or not self.is_in_train:
+            return contextlib.nullcontext()
+        return self.average.swapped_in()
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[DiffusionPipeline]:
+        """The stock pipeline, ready to sample the (averaged) training weights; leaves no trace in the training."""
+        offloaded = self.video_model.pipe.vae is None
+        training = self.model.training
+        pipe, denoiser = self.pipe, self.video_model.denoisers[self.denoiser_name]
+        devices = [] if self.args.device.type == "cpu" else [self.args.device]
+        with torch.no_grad(), self.averaged_weights(), torch.random.fork_rng(devices):
+            self.model.eval()
+            if self.is_fsdp_enabled:
+                # the sharded root must be called itself; it forwards `.config`, `.dtype` and `.cache_context`
+                setattr(pipe, self.denoiser_name, self.model_wrapped)
+            try:
+                yield pipe
+            finally:
+                if self.is_fsdp_enabled:
+                    setattr(pipe, self.denoiser_name, denoiser)
+                self.model.train(training)
+                if offloaded:
+                    self.video_model.offload_encoders()
+                for name, module in self.video_model.denoisers.items():
+                    if name != self.denoiser_name:
+                        module.to("cpu")
+
+    # ---- Validation videos ----
+
+    def validation_prompts(self) -> list[str]:
+        """The prompts of the validation videos; a subclass may take them from its dataset."""
+        if not self.args.validation_prompts:
+            raise ValueError("validation_steps is set but there is nothing to generate: set validation_prompts")
+        return self.args.validation_prompts
+
+    def validation_shape(self) -> tuple[int, int, int]:
+        """(height, width, num_frames) of the validation videos."""
+        args = self.args
+        if args.height is None or args.width is None or args.num_frames is None:
+            raise ValueError("validation videos need a size: set height, width and num_frames")
+        return args.height, args.width, args.num_frames
+
+    def validation_image(self, index: int) -> Any:
+        """The image condition of the i-th validation video; `None` for text-to-video models."""
+        return None
+
+    def validation_fps(self) -> float:
+        """Frame rate at which validation videos are written."""
+        return self.args.fps or 16
+
+    def generate_videos(self, prompts: list[str], seeds: list[int], images: list | None = None) -> list[Tensor]:
+        """
+        Sample the weights in training with the stock pipeline, one video per prompt.
+
+        Args:
+            prompts (`list[str]`): What to generate.
+            seeds (`list[int]`): One seed per prompt.
+            images (`list`, *optional*): One image per prompt, for image-to-video models.
+
+        Returns:
+            `list[torch.Tensor]`: float32 tensors (F, C, H, W) in [0, 1] on the CPU.
+        """
+        args = self.args
+        height, width, num_frames = self.validation_shape()
+        call = dict(args.pipeline_kwargs or {}, height=height, width=width, num_frames=num_frames, output_type="pt")
+        for name, value in (
+            ("max_sequence_length", args.max_sequence_length),
+            ("num_inference_steps", args.validation_num_inference_steps),
+            ("guidance_scale", args.validation_guidance_scale),
+        ):
+            if value is not None:
+                call[name] = value
+        videos = []
+        with self.sampling() as pipe:
+            pipe.set_progress_bar_config(disable=True)
+            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+                if images is not None:
+                    call["image"] = images[i]
+                generator = torch.Generator("cpu").manual_seed(seed)
+                videos.append(pipe(prompt=prompt, generator=generator, **call).frames[0].float().cpu())
+        return videos
+
+    # ---- Training ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """
+        Train. See [`~transformers.Trainer.train`].
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint directory, or `True` for the last complete one in `output_dir`. The run continues bit
+                for bit; the checkpoint must be whole and belong to this model and adapter.
+
+        Raises:
+            `ValueError`: If the checkpoint is damaged or belongs to another run; says what differs.
+        """
+        args = self.args
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+            if resume_from_checkpoint is None:
+                raise ValueError(f"there is no checkpoint to resume from in {args.output_dir!r}")
+        if resume_from_checkpoint:
+            verify_checkpoint(resume_from_checkpoint, self.model_identity, self._adapter_summary())
+        if args.should_save:
+            claim_output_dir(args.output_dir, self.model_identity)
+        self._last_log = None
+        # The Trainer would call a method that diffusers models do not have; `__init__` has switched it on already.
+        checkpointing = args.gradient_checkpointing, args.activation_checkpointing
+        args.gradient_checkpointing = args.activation_checkpointing = False
+        try:
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            args.gradient_checkpointing, args.activation_checkpointing = checkpointing
+        if self.average is not None:
+            self.average.copy_to_module()  # what was validated is what the trainer now holds, samples and saves
+        return output
+
+    def train_sampler(self, dataset: Any) -> Sampler:
+        """The order of the training samples; a subclass returns a sampler with `set_epoch`."""
+        raise TypeError(f"{type(self).__name__} must override train_sampler")
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler:
+        # The Trainer's own draws the order from the global generator and knows no buckets
+        self._train_sampler = self.train_sampler(self.train_dataset if train_dataset is None else train_dataset)
+        return self._train_sampler
+
+    def _run_epoch(self, *args, epoch: int, **kwargs):
+        # accelerate does not reach the sampler of a resumed and sharded loader, which would repeat the first epoch
+        self._train_sampler.set_epoch(epoch)
+        if self._last_log is None:
+            self._last_log = time.monotonic(), self.state.global_step
+        return super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    def finite_or_skip(self, loss: Tensor, sample_ids: list[str]) -> Tensor:
+        """
+        Return a finite loss unchanged. Of a NaN or infinite one: stop, or give the micro-batch no gradient.
+
+        Raises:
+            `ValueError`: With `on_nan="raise"`; names step and samples.
+        """
+        if torch.isfinite(loss):
+            return loss
+        what = f"the loss is {loss.item()} at step {self.state.global_step + 1}, samples {', '.join(sample_ids)}"
+        if self.args.on_nan == "raise":
+            raise ValueError(
+                f"{what}. Look at these samples, lower learning_rate, or set on_nan='skip' to leave such batches out"
+            )
+        logger.warning(f"{what}: skipped")
+        self.num_skipped_batches += 1
+        # connected to every trainable weight, so that all processes still reduce the same gradients
+        return sum((p * 0).sum() for p in self.model.parameters() if p.requires_grad)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            (then, step), self._last_log = self._last_log, (time.monotonic(), self.state.global_step)
+            clips = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            logs["clips_per_second"] = (self.state.global_step - step) * clips / (self._last_log[0] - then)
+            if self.num_skipped_batches:
+                logs["num_skipped_batches"] = self.num_skipped_batches
+        super().log(logs, start_time)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        # the Trainer's own would call `model(**inputs)` and look for labels
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    # ---- Files in the layout of diffusers, complete or absent ----
+
+    def _unwrapped(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _adapter_summary(self) -> dict | None:
+        model = self._unwrapped()
+        return adapter_summary(model) if isinstance(model, PeftModel) else None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # The Trainer's own writes files under names that diffusers does not load, and pickles the arguments
+        if not self.args.should_save:
+            return
+        directory = Path(output_dir or self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        model = self._unwrapped()
+        with self.averaged_weights():
+            if isinstance(model, PeftModel):
+                save_adapter(model, directory, state_dict)
+            elif state_dict is None:
+                model.save_pretrained(directory / self.denoiser_name)
+            else:  # gathered by FSDP or ZeRO-3
+                model.save_config(directory / self.denoiser_name)
+                weights = {name: value.cpu().contiguous() for name, value in state_dict.items()}
+                save_file(weights, directory / self.denoiser_name / "diffusion_pytorch_model.safetensors")
+        (directory / "training_args.json").write_text(self.args.to_json_string())
+
+    def _load_weights(self, directory: str | os.PathLike) -> None:
+        model = self._unwrapped()
+        if isinstance(model, PeftModel):
+            load_adapter(model, directory)
+        else:
+            saved = type(model).from_pretrained(directory, subfolder=self.denoiser_name, torch_dtype=model.dtype)
+            model.load_state_dict(saved.state_dict())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # The Trainer's own knows only the file names of transformers and PEFT
+        if self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_weights(resume_from_checkpoint)
+        if self.average is not None:
+            raw = Path(resume_from_checkpoint, RAW_WEIGHTS)
+            if not raw.is_file():
+                raise ValueError(f"cannot resume from {resume_from_checkpoint}: it was written without ema_decay")
+            self.average.reset()
+            weights = load_file(raw)
+            self.average.num_updates = int(weights.pop("num_updates"))
+            with torch.no_grad():
+                for name, parameter in self.average.parameters.items():
+                    parameter.copy_(weights[name])
+
+    def _load_best_model(self) -> None:
+        # The Trainer's own would not find the files, log that, and silently keep the last weights
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_best_model()
+        self._load_weights(self.state.best_model_checkpoint)
+        if self.average is not None:
+            self.average.reset()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # The Trainer's own writes straight into the final directory, which a crash would leave half-written
+        self.store_flos()
+        name = f"checkpoint-{self.state.global_step}"
+        run_dir = Path(self._get_output_dir(trial))
+        staging, final = run_dir / f"_{name}.tmp", run_dir / name
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            self.save_model(str(staging), _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(staging))
+                self._save_scaler(str(staging))
+                self._save_rng_state(str(staging))
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                self._save_trainer_state(staging)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                write_manifest(staging, self.model_identity, self._adapter_summary(), step=self.state.global_step)
+                publish(staging, final)
+        except Exception:  # such as a full disk: give its space back; earlier checkpoints are untouched
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _save_trainer_state(self, directory: Path) -> None:
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                name, state = type(callback).__name__, callback.state()
+                if isinstance(self.state.stateful_callbacks[name], list):
+                    self.state.stateful_callbacks[name].append(state)
+                else:
+                    self.state.stateful_callbacks[name] = state
+        self.state.save_to_json(str(directory / "trainer_state.json"))
+        if self.average is not None:
+            raw = {name: p.detach().cpu() for name, p in self.average.parameters.items()}
+            raw["num_updates"] = torch.tensor(self.average.num_updates)
+            save_file(raw, directory / RAW_WEIGHTS)
+
+    # ---- Hub ----
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Write `README.md` into `output_dir`. Makes no network call.
+
+        Args:
+            model_name (`str`, *optional*): Default: the last part of `hub_model_id` or of `output_dir`.
+            dataset_name (`str` or `list[str]`, *optional*): Hub ids of the training data.
+            tags (`str` or `list[str]`, *optional*): Added to `vidtrl`, the method and the task.
+        """
+        if not self.is_world_process_zero():
+            return
+        args = self.args
+        repo_id = self.hub_model_id or args.hub_model_id or os.path.abspath(args.output_dir)
+        card = build_model_card(
+            repo_id=repo_id,
+            model_name=model_name or os.path.basename(repo_id.rstrip("/")),
+            base_model=self.model_identity["name_or_path"],
+            pipeline_class=self.model_identity["pipeline"],
+            denoiser_name=self.denoiser_name,
+            denoiser_class=self.model_identity["denoiser_class"],
+            adapter=self._adapter_summary(),
+            method=self._name,
+            dataset_name=dataset_name or self._dataset_name,
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            settings=self._card_settings(),
+            generation=self._card_generation(),
+            fps=self.validation_fps(),
+            sample_videos=self._sample_videos(),
+        )
+        card.save(os.path.join(args.output_dir, "README.md"))
+
+    _dataset_name: str | None = None
+
+    def _card_settings(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            "method": self._name,
+            "steps": self.state.global_step,
+            "global batch size": args.per_device_train_batch_size
+            * args.gradient_accumulation_steps
+            * self.accelerator.num_processes,
+            "learning rate": args.learning_rate,
+            "optimizer": args.optim.value,
+            "precision": "bfloat16 autocast" if args.bf16 else "float16 autocast" if args.fp16 else "float32",
+            "weight average": args.ema_decay or "none",
+            "seed": args.seed,
+        }
+
+    def _card_generation(self) -> dict[str, Any]:
+        args = self.args
+        generation = dict(zip(("height", "width", "num_frames"), self.validation_shape(), strict=True))
+        generation["num_inference_steps"] = args.validation_num_inference_steps
+        generation["guidance_scale"] = args.validation_guidance_scale
+        generation["max_sequence_length"] = args.max_sequence_length
+        return {name: value for name, value in generation.items() if value is not None}
+
+    def _sample_videos(self) -> list[dict[str, str]]:
+        """The videos of the last validation: path below `output_dir` and prompt."""
+        runs = sorted(Path(self.args.output_dir, "validation").glob("step_*/prompts.json"))
+        if not runs:
+            return []
+        folder = runs[-1].parent
+        return [
+            {"path": str((folder / name).relative_to(self.args.output_dir)), "prompt": prompt}
+            for name, prompt in json.loads(runs[-1].read_text()).items()
+        ]
+
+    def _collect_for_push(self, checkpoint_folder: str) -> None:
+        """Copy a checkpoint's weights to `output_dir`, beside a card that describes them."""
+        output_dir = Path(self.args.output_dir)
+        if Path(checkpoint_folder, ADAPTER_FILE).is_file():
+            shutil.copy(Path(checkpoint_folder, ADAPTER_FILE), output_dir)
+        else:
+            shutil.copytree(
+                Path(checkpoint_folder, self.denoiser_name), output_dir / self.denoiser_name, dirs_exist_ok=True
+            )
+        shutil.copy(Path(checkpoint_folder, "training_args.json"), output_dir)
+        self.create_model_card()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The Trainer's own copies only file names that transformers knows, so mid-run pushes would carry no weights;
+        # it also uploads a pickle of the arguments, Hub token included
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self._collect_for_push(checkpoint_folder)
+        common = dict(
+            repo_id=self.hub_model_id,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+            run_as_future=True,
+        )
+        jobs = [upload_folder(folder_path=self.args.output_dir, ignore_patterns=["_*", "checkpoint-*"], **common)]
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            path = "last-checkpoint" if last else os.path.basename(checkpoint_folder)
+            jobs.append(upload_folder(folder_path=checkpoint_folder, path_in_repo=path, **common))
+        if busy:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)

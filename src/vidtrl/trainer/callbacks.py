@@ -1,0 +1,165 @@
+"""Callbacks of the video trainers: progress, weight average, validation videos, TensorBoard."""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+from ..data.video import write_video
+from .ema import WeightAverage
+
+
+if TYPE_CHECKING:
+    from .base_trainer import VideoTrainer
+
+
+class VideoProgressCallback(TrainerCallback):
+    """
+    Progress bar with loss, clips per second and time left. Added by default; `disable_tqdm=True` leaves it out.
+
+    Example:
+
+    ```python
+    >>> trainer.remove_callback(VideoProgressCallback)
+    ```
+    """
+
+    def __init__(self):
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_local_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="train", unit="step", dynamic_ncols=True
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is None:
+            return
+        shown = {name: f"{logs[name]:.4f}" for name in ("loss", "eval_loss") if name in logs}
+        if "clips_per_second" in logs:
+            shown["clips/s"] = f"{logs['clips_per_second']:.2f}"
+        if shown:
+            self.bar.set_postfix(shown)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class EMACallback(TrainerCallback):
+    """
+    Update a [`~vidtrl.trainer.ema.WeightAverage`] after each optimizer step. Added by `ema_decay`.
+
+    Args:
+        average (`WeightAverage`): What to update.
+    """
+
+    def __init__(self, average: WeightAverage):
+        self.average = average
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.average.update()
+
+
+class ValidationVideoCallback(TrainerCallback):
+    """
+    Generate videos before training and every `validation_steps`, always from the same seeds, with the stock pipeline.
+
+    They are written to `output_dir/validation/step_000100/00-a-red-circle.mp4` (with a `prompts.json`) and logged to
+    whichever of trackio, wandb and TensorBoard `report_to` names. Added by `validation_steps`.
+
+    Args:
+        trainer ([`VideoTrainer`]): Whose weights to sample.
+        prompts (`list[str]`): One video each.
+    """
+
+    def __init__(self, trainer: "VideoTrainer", prompts: list[str]):
+        self.trainer = trainer
+        self.prompts = prompts
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.run(args, state)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.validation_steps == 0:
+            self.run(args, state)
+
+    def run(self, args, state) -> Path:
+        """Generate, write and log the videos of the present step; returns their directory."""
+        trainer = self.trainer
+        everything = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # sharded: all ranks in every forward
+        rank, world = (0, 1) if everything else (args.process_index, args.world_size)
+        mine = range(rank, len(self.prompts), world)
+        images = [trainer.validation_image(i) for i in mine]
+        videos = trainer.generate_videos(
+            [self.prompts[i] for i in mine],
+            seeds=[args.validation_seed + i for i in mine],
+            images=images if images and images[0] is not None else None,
+        )
+        folder = Path(args.output_dir, "validation", f"step_{state.global_step:06d}")
+        names = [f"{i:02d}-{slug(prompt)}.mp4" for i, prompt in enumerate(self.prompts)]
+        if not everything or args.process_index == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for i, video in zip(mine, videos, strict=True):
+                write_video(folder / names[i], video, fps=trainer.validation_fps())
+        trainer.accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            (folder / "prompts.json").write_text(json.dumps(dict(zip(names, self.prompts, strict=True)), indent=2))
+            self.log(args, state, {prompt: folder / name for name, prompt in zip(names, self.prompts, strict=True)})
+        return folder
+
+    def log(self, args, state, files: dict[str, Path]) -> None:
+        """Hand the written videos to the active trackers."""
+        if "trackio" in args.report_to:
+            import trackio
+
+            videos = {
+                f"validation/{i}": trackio.Video(str(path), caption=prompt)
+                for i, (prompt, path) in enumerate(files.items())
+            }
+            trackio.log(videos, step=state.global_step)
+        if "wandb" in args.report_to:
+            import wandb
+
+            videos = [wandb.Video(str(path), caption=prompt, format="mp4") for prompt, path in files.items()]
+            wandb.log({"validation/videos": videos, "train/global_step": state.global_step})
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                from ..data.video import read_video
+
+                for prompt, path in files.items():
+                    strip = frame_strip(read_video(path).float() / 255)
+                    callback.tb_writer.add_image(f"validation/{prompt}", strip, state.global_step)
+
+
+class VideoTensorBoardCallback(TensorBoardCallback):
+    """The Trainer's TensorBoard callback without its call of `model.config.to_json_string`, which diffusers lacks."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.tb_writer is not None:
+            self.tb_writer.add_text("model_config", json.dumps(dict(model.config), default=str, indent=2))
+
+
+def slug(prompt: str) -> str:
+    """The first words of a prompt as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].strip("-") or "video"
+
+
+def frame_strip(video: Tensor, num_frames: int = 8) -> Tensor:
+    """Evenly spaced frames of a video (F, C, H, W) side by side, (C, H, n W): TensorBoard shows no mp4."""
+    index = torch.linspace(0, len(video) - 1, min(num_frames, len(video))).round().long()
+    return torch.cat(list(video[index]), dim=-1)

@@ -1,0 +1,152 @@
+"""Checkpoint directories: complete or absent, and only ever resumed by the run they belong to."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+MANIFEST = "vidtrl.json"
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """
+    Tell checkpoints apart by a hash over names, shapes and the first values of all parameters.
+
+    Values are rounded to bfloat16, so that a checkpoint loaded in another precision is still the same.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        values = parameter.detach().flatten()[:32].cpu()
+        if values.is_floating_point():
+            values = values.to(torch.bfloat16).view(torch.int16)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def model_identity(pipeline: str, name_or_path: str, denoiser_name: str, denoiser: nn.Module) -> dict:
+    """What makes two runs train the same base model, as plain JSON values. Call it before any weight changes."""
+    config = {name: value for name, value in dict(denoiser.config).items() if not name.startswith("_")}
+    config.pop("use_cache", None)  # transformers.Trainer writes this into the configuration of every model
+    return {
+        "pipeline": pipeline,
+        "name_or_path": name_or_path,
+        "denoiser": denoiser_name,
+        "denoiser_class": type(denoiser).__name__,
+        "denoiser_config": json.loads(json.dumps(config, default=str)),
+        "base_weights": weights_fingerprint(denoiser),
+    }
+
+
+def differences(expected: dict, found: dict, prefix: str = "") -> list[str]:
+    """One line for each value in which two manifests differ; a moved directory (`name_or_path`) is no difference."""
+    lines = []
+    for name in sorted(set(expected) | set(found)):
+        ours, theirs = expected.get(name), found.get(name)
+        if name == "name_or_path" or ours == theirs:
+            continue
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            lines += differences(ours, theirs, f"{prefix}{name}.")
+        else:
+            lines.append(f"{prefix}{name}: this run has {ours!r}, the directory has {theirs!r}")
+    return lines
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_manifest(directory: Path, identity: dict, adapter: dict | None, step: int) -> None:
+    """Describe a finished directory: whose run it is, and the size and hash of each of its files."""
+    files = {
+        str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": file_digest(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    content = {"model": identity, "adapter": adapter, "step": step, "files": files}
+    (directory / MANIFEST).write_text(json.dumps(content, indent=2, sort_keys=True))
+
+
+def claim_output_dir(output_dir: str | os.PathLike, identity: dict) -> None:
+    """Note whose runs `output_dir` holds, and remove what a run killed while saving has left there."""
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for leftover in output_dir.glob("_checkpoint-*"):
+        shutil.rmtree(leftover)
+    (output_dir / MANIFEST).write_text(json.dumps({"model": identity}, indent=2, sort_keys=True))
+
+
+def publish(staging: Path, final: Path) -> None:
+    """Turn a fully written staging directory into `final` in one step that survives a crash at any point."""
+    for path in [*staging.rglob("*"), staging]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    replaced = final.with_name(f"_{final.name}.old")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(final, replaced)
+    os.replace(staging, final)
+    shutil.rmtree(replaced, ignore_errors=True)
+    descriptor = os.open(final.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def verify_checkpoint(directory: str | os.PathLike, identity: dict, adapter: dict | None) -> None:
+    """
+    Raise unless a checkpoint is whole and belongs to a run of this model and adapter.
+
+    Raises:
+        `ValueError`: If a file is missing, truncated or altered, or if model or adapter differ; says which and how.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"cannot resume: there is no checkpoint directory {directory}")
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        recorded = manifest["files"]
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"cannot resume from {directory}: it has no {MANIFEST}, so vidtrl did not write it (or not completely)"
+        ) from error
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"cannot resume from {directory}: its {MANIFEST} is damaged ({error})") from error
+    problems = differences(
+        {"model": identity, "adapter": adapter}, {name: manifest.get(name) for name in ("model", "adapter")}
+    )
+    if problems:
+        raise ValueError(f"cannot resume from {directory}: it belongs to another run. " + "; ".join(problems))
+    for name, expected in recorded.items():
+        path = directory / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != expected["size"]:
+            problems.append(f"{name} has {path.stat().st_size} bytes instead of {expected['size']}")
+        elif file_digest(path) != expected["sha256"]:
+            problems.append(f"{name} was altered after it was written")
+    if problems:
+        raise ValueError(
+            f"cannot resume from {directory}: it is damaged. " + "; ".join(problems) + ". Resume from an older one."
+        )
+
+
+def check_output_dir(output_dir: str | os.PathLike, identity: dict) -> None:
+    """Raise if `output_dir` already holds the results of a run of another model."""
+    for path in [Path(output_dir, MANIFEST), *sorted(Path(output_dir).glob(f"checkpoint-*/{MANIFEST}"))]:
+        if path.is_file():
+            problems = differences(identity, json.loads(path.read_text()).get("model") or {})
+            if problems:
+                raise ValueError(
+                    f"output_dir {os.fspath(output_dir)!r} holds a run of another model; choose another directory. "
+                    + "; ".join(problems)
+                )

@@ -1,0 +1,151 @@
+"""LoRA on a diffusers denoiser: which layers by default, and files that `pipe.load_lora_weights` reads."""
+
+import dataclasses
+import json
+import os
+import re
+
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+PREFIX = "transformer."  # diffusers prefixes the weights of every video denoiser with this, also the second expert's
+
+
+def repeated_blocks(denoiser: nn.Module) -> dict[str, nn.ModuleList]:
+    """
+    The denoiser's stacks of transformer blocks, by attribute name.
+
+    Only direct children count: a token refiner inside the text embedder is also a `ModuleList`, but no repeated block
+    of the denoiser.
+    """
+    stacks = {name: child for name, child in denoiser.named_children() if isinstance(child, nn.ModuleList)}
+    return {
+        name: stack
+        for name, stack in stacks.items()
+        if any(isinstance(module, nn.Linear) for module in stack.modules())
+    }
+
+
+def default_target_modules(denoiser: nn.Module) -> str:
+    """
+    The default LoRA targets: every Linear layer inside the repeated blocks, as a regular expression for PEFT.
+
+    A list of suffixes such as `["to_q", ...]` would also hit text-token refiners and time-embedding poolers of several
+    families.
+
+    Example:
+
+    ```python
+    >>> default_target_modules(pipe.transformer)
+    '(blocks)\\.\\d+\\.(attn1\\.to_k|attn1\\.to_out\\.0|...)'
+    ```
+    """
+    stacks = repeated_blocks(denoiser)
+    inside = {
+        name
+        for stack in stacks.values()
+        for block in stack
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    if not inside:
+        raise ValueError(
+            f"{type(denoiser).__name__} has no repeated block with Linear layers: name the layers yourself in "
+            "LoraConfig(target_modules=...)"
+        )
+    return rf"({'|'.join(stacks)})\.\d+\.({'|'.join(re.escape(name) for name in sorted(inside))})"
+
+
+def add_lora(denoiser: nn.Module, config: LoraConfig) -> PeftModel:
+    """
+    Freeze the denoiser and inject a LoRA (or DoRA) adapter into it, in place.
+
+    Args:
+        denoiser (`nn.Module`): The denoiser of a pipeline.
+        config (`LoraConfig`): Without `target_modules`, [`default_target_modules`] is used.
+
+    Returns:
+        `PeftModel`: A wrapper; the pipeline's own denoiser carries the adapter as well.
+
+    Raises:
+        `ValueError`: If a target matches no layer.
+    """
+    targets = config.target_modules
+    if targets is None:
+        config = dataclasses.replace(config, target_modules=default_target_modules(denoiser))
+    else:
+        names = [name for name, _ in denoiser.named_modules()]
+        wanted = [targets] if isinstance(targets, str) else sorted(targets)
+        missing = [
+            target
+            for target in wanted
+            if target != "all-linear"
+            and not any(
+                re.fullmatch(target, name)
+                if isinstance(targets, str)
+                else name == target or name.endswith(f".{target}")
+                for name in names
+            )
+        ]
+        if missing:
+            linear = {
+                re.sub(r"\d+", "N", name) for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)
+            }
+            raise ValueError(
+                f"LoRA target {', '.join(map(repr, missing))} matches no layer of {type(denoiser).__name__}. "
+                f"Its Linear layers (N is a number): {', '.join(sorted(linear))}. Leave target_modules unset for those "
+                "inside the repeated blocks."
+            )
+    denoiser.requires_grad_(False)
+    return get_peft_model(denoiser, config)
+
+
+def save_adapter(model: PeftModel, directory: str | os.PathLike, state_dict: dict | None = None) -> None:
+    """
+    Write the adapter as stock diffusers loads it, with its configuration in the file's metadata.
+
+    Without the metadata `load_lora_weights` assumes `lora_alpha == r` and silently rescales the adapter. Written here
+    and not through `pipe.save_lora_weights`, because some pipelines have no LoRA loader and all get the same file.
+
+    Args:
+        model (`PeftModel`): The model that carries the adapter.
+        directory (`str` or `PathLike`): Where `pytorch_lora_weights.safetensors` goes; must exist.
+        state_dict (`dict`, *optional*): Weights that FSDP or ZeRO-3 gathered; default: the model's own.
+    """
+    if state_dict is not None:
+        state_dict = {name.removeprefix("base_model.model."): value for name, value in state_dict.items()}
+    weights = get_peft_model_state_dict(model.get_base_model(), state_dict=state_dict)
+    weights = {PREFIX + name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    config = model.peft_config[model.active_adapter].to_dict()
+    metadata = {PREFIX + name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    save_file(
+        weights,
+        os.path.join(directory, ADAPTER_FILE),
+        metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2, sort_keys=True)},
+    )
+
+
+def load_adapter(model: PeftModel, directory: str | os.PathLike) -> None:
+    """Read back what [`save_adapter`] wrote, into an adapter of the same shape."""
+    weights = load_file(os.path.join(directory, ADAPTER_FILE))
+    result = set_peft_model_state_dict(
+        model.get_base_model(), {name.removeprefix(PREFIX): value for name, value in weights.items()}
+    )
+    expected = {PREFIX + name for name in get_peft_model_state_dict(model.get_base_model())}
+    if result.unexpected_keys or expected != set(weights):
+        raise ValueError(
+            f"{directory} does not fit this run's adapter. Only in the file: "
+            f"{sorted(set(weights) - expected)[:4]}; only in the run: {sorted(expected - set(weights))[:4]}"
+        )
+
+
+def adapter_summary(model: PeftModel) -> dict:
+    """What two adapters must share for one's weights to fit and mean the same in the other."""
+    config = model.peft_config[model.active_adapter].to_dict()
+    names = ("peft_type", "r", "lora_alpha", "target_modules", "use_dora", "use_rslora", "bias", "rank_pattern")
+    names += ("alpha_pattern", "modules_to_save", "lora_dropout")
+    plain = {name: config[name] for name in names if name in config}
+    return json.loads(json.dumps(plain, default=sorted, sort_keys=True))
