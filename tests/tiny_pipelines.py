@@ -5,19 +5,33 @@ Each returns (pipe, call_kwargs): a stock pipeline and the size and arguments it
 
 import string
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKLWan,
-    FlowMatchEulerDiscreteScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+from transformers import (
+    ByT5Tokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 
 WORDS = (
     "a the cat dog robot red green blue square circle moves moving left right up down slowly fast video of in".split()
+)
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} {% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endif %} {% endfor %}"
 )
 WAN_LIKE = dict(height=16, width=16, num_frames=9, max_sequence_length=16)
 
@@ -33,7 +47,13 @@ def tiny_tokenizer(max_length=64):
         single="$A </s>", special_tokens=[("</s>", vocab["</s>"])]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=max_length
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=max_length,
+        chat_template=CHAT_TEMPLATE,
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 
@@ -49,7 +69,7 @@ def tiny_umt5():
 
 def tiny_wan_vae(z_dim=16, **kwargs):
     torch.manual_seed(0)
-    return AutoencoderKLWan(
+    return diffusers.AutoencoderKLWan(
         base_dim=3,
         z_dim=z_dim,
         dim_mult=[1, 1, 1, 1],
@@ -59,7 +79,7 @@ def tiny_wan_vae(z_dim=16, **kwargs):
     ).eval()
 
 
-def tiny_wan_transformer(channels=(16, 16), cls=WanTransformer3DModel, seed=0, **kwargs):
+def tiny_wan_transformer(channels=(16, 16), cls=diffusers.WanTransformer3DModel, seed=0, **kwargs):
     torch.manual_seed(seed)
     return cls(
         patch_size=(1, 2, 2),
@@ -78,8 +98,47 @@ def tiny_wan_transformer(channels=(16, 16), cls=WanTransformer3DModel, seed=0, *
     )
 
 
+def tiny_llama(hidden_size):
+    torch.manual_seed(0)
+    sizes = dict(
+        hidden_size=hidden_size, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2, vocab_size=256
+    )
+    return LlamaModel(LlamaConfig(**sizes, bos_token_id=3, eos_token_id=1, pad_token_id=0)).eval()
+
+
+def tiny_clip_text(hidden_size):
+    torch.manual_seed(0)
+    sizes = dict(
+        hidden_size=hidden_size, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2, vocab_size=256
+    )
+    return CLIPTextModel(CLIPTextConfig(**sizes, bos_token_id=3, eos_token_id=1, pad_token_id=0)).eval()
+
+
+def tiny_hunyuan_vae(latent_channels, **kwargs):
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKLHunyuanVideo(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=latent_channels,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(8,) * 4,
+        layers_per_block=1,
+        act_fn="silu",
+        norm_num_groups=4,
+        scaling_factor=0.476986,
+        spatial_compression_ratio=8,
+        temporal_compression_ratio=4,
+        **kwargs,
+    ).eval()
+
+
+def flow_unipc(shift):
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+
+
 def wan():
-    pipe = WanPipeline(
+    pipe = diffusers.WanPipeline(
         tokenizer=tiny_tokenizer(),
         text_encoder=tiny_umt5(),
         vae=tiny_wan_vae(),
@@ -88,3 +147,485 @@ def wan():
         transformer_2=None,
     )
     return pipe, WAN_LIKE
+
+
+def wan22():
+    """Two experts, integer timesteps."""
+    pipe = diffusers.WanPipeline(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=tiny_umt5(),
+        vae=tiny_wan_vae(),
+        scheduler=flow_unipc(3.0),
+        transformer=tiny_wan_transformer(),
+        transformer_2=tiny_wan_transformer(seed=1),
+        boundary_ratio=0.875,
+    )
+    return pipe, WAN_LIKE
+
+
+def wan22_ti2v():
+    """One timestep per token."""
+    vae = tiny_wan_vae(
+        z_dim=48,
+        in_channels=12,
+        out_channels=12,
+        is_residual=True,
+        patch_size=2,
+        latents_mean=[0.1] * 48,
+        latents_std=[0.9] * 48,
+        scale_factor_spatial=16,
+        scale_factor_temporal=4,
+    )
+    pipe = diffusers.WanPipeline(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=tiny_umt5(),
+        vae=vae,
+        scheduler=flow_unipc(5.0),
+        transformer=tiny_wan_transformer((48, 48)),
+        transformer_2=None,
+        expand_timesteps=True,
+    )
+    return pipe, dict(WAN_LIKE, height=32, width=32)
+
+
+def wan22_ti2v_i2v():
+    """One timestep per token, zero on the given first frame."""
+    parts = wan22_ti2v()[0].components
+    parts = {k: parts[k] for k in ("tokenizer", "text_encoder", "vae", "scheduler", "transformer", "transformer_2")}
+    pipe = diffusers.WanImageToVideoPipeline(**parts, image_encoder=None, image_processor=None, expand_timesteps=True)
+    return pipe, dict(WAN_LIKE, height=32, width=32, image=tiny_image(32))
+
+
+def wan_i2v():
+    """The image condition comes as extra input channels."""
+    pipe = diffusers.WanImageToVideoPipeline(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=tiny_umt5(),
+        vae=tiny_wan_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=tiny_wan_transformer((36, 16)),
+        image_encoder=None,
+        image_processor=None,
+        transformer_2=None,
+    )
+    return pipe, dict(WAN_LIKE, image=tiny_image(16))
+
+
+def tiny_image(size):
+    array = torch.randint(0, 256, (size, size, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return Image.fromarray(array.numpy())
+
+
+def skyreels():
+    pipe = diffusers.SkyReelsV2Pipeline(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=tiny_umt5(),
+        vae=tiny_wan_vae(),
+        scheduler=flow_unipc(8.0),
+        transformer=tiny_wan_transformer(cls=diffusers.SkyReelsV2Transformer3DModel),
+    )
+    return pipe, WAN_LIKE
+
+
+def _ltx_parts():
+    torch.manual_seed(0)
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        cross_attention_dim=32,
+        num_layers=1,
+        caption_channels=32,
+    )
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5,
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        decoder_inject_noise=(False,) * 5,
+        upsample_residual=(False,) * 4,
+        upsample_factor=(1,) * 4,
+        patch_size=1,
+        patch_size_t=1,
+        encoder_causal=True,
+        decoder_causal=False,
+    ).eval()
+    vae.latents_mean.fill_(0.1)
+    vae.latents_std.fill_(0.8)
+    vae.use_framewise_encoding = vae.use_framewise_decoding = False
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1)
+    parts = dict(vae=vae, text_encoder=tiny_t5(), tokenizer=tiny_tokenizer(128), transformer=transformer)
+    return dict(parts, scheduler=scheduler), dict(WAN_LIKE, height=32, width=32)
+
+
+def ltx():
+    parts, call = _ltx_parts()
+    return diffusers.LTXPipeline(**parts), call
+
+
+def ltx_i2v():
+    parts, call = _ltx_parts()
+    return diffusers.LTXImageToVideoPipeline(**parts), dict(call, image=tiny_image(32))
+
+
+def cogvideox():
+    torch.manual_seed(0)
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=32,
+        num_layers=1,
+        sample_width=2,
+        sample_height=2,
+        sample_frames=9,
+        patch_size=2,
+        temporal_compression_ratio=4,
+        max_text_seq_length=16,
+    )
+    vae = diffusers.AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8,) * 4,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    ).eval()
+    scheduler = diffusers.CogVideoXDDIMScheduler(  # the released 2B configuration
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=3.0,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+    pipe = diffusers.CogVideoXPipeline(
+        tokenizer=tiny_tokenizer(), text_encoder=tiny_t5(), vae=vae, transformer=transformer, scheduler=scheduler
+    )
+    return pipe, WAN_LIKE
+
+
+def hunyuan():
+    torch.manual_seed(0)
+    transformer = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=1,
+        patch_size_t=1,
+        guidance_embeds=True,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
+        rope_axes_dim=(2, 4, 4),
+    )
+    pipe = diffusers.HunyuanVideoPipeline(
+        text_encoder=tiny_llama(16),
+        tokenizer=tiny_tokenizer(256),
+        transformer=transformer,
+        vae=tiny_hunyuan_vae(4),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=tiny_clip_text(8),
+        tokenizer_2=tiny_tokenizer(77),
+    )
+    return pipe, dict(WAN_LIKE, prompt_template={"template": "{}", "crop_start": 0})
+
+
+def hunyuan15():
+    torch.manual_seed(0)
+    transformer = diffusers.HunyuanVideo15Transformer3DModel(
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_refiner_layers=1,
+        mlp_ratio=2.0,
+        patch_size=1,
+        patch_size_t=1,
+        text_embed_dim=16,
+        text_embed_2_dim=32,
+        image_embed_dim=12,
+        rope_axes_dim=(2, 2, 4),
+        target_size=16,
+        task_type="t2v",
+    )
+    vae = diffusers.AutoencoderKLHunyuanVideo15(
+        latent_channels=4,
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=2,
+        downsample_match_channel=False,
+        upsample_match_channel=False,
+    ).eval()
+    qwen = Qwen2_5_VLTextModel(
+        Qwen2_5_VLTextConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            vocab_size=256,
+            rope_scaling={"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
+            rope_theta=1e6,
+            pad_token_id=0,
+            bos_token_id=3,
+            eos_token_id=1,
+        )
+    ).eval()
+    glyph = T5EncoderModel(T5Config(vocab_size=400, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)).eval()
+    pipe = diffusers.HunyuanVideo15Pipeline(
+        text_encoder=qwen,
+        tokenizer=tiny_tokenizer(1200),
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=glyph,
+        tokenizer_2=ByT5Tokenizer(),
+        guider=diffusers.ClassifierFreeGuidance(guidance_scale=6.0),
+    )
+    pipe.tokenizer_max_length, pipe.prompt_template_encode_start_idx = 48, 80  # 1000 and 108 when released
+    pipe.vision_num_semantic_tokens = 8
+    return pipe, dict(height=16, width=16, num_frames=9)
+
+
+def mochi():
+    torch.manual_seed(0)
+    transformer = diffusers.MochiTransformer3DModel(
+        patch_size=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        pooled_projection_dim=16,
+        in_channels=12,
+        text_embed_dim=32,
+        time_embed_dim=4,
+        max_sequence_length=16,
+    )
+    transformer.pos_frequencies.data.normal_(std=0.1)  # uninitialised memory otherwise
+    vae = diffusers.AutoencoderKLMochi(
+        latent_channels=12,
+        out_channels=3,
+        encoder_block_out_channels=(32,) * 4,
+        decoder_block_out_channels=(32,) * 4,
+        layers_per_block=(1,) * 5,
+    ).eval()
+    pipe = diffusers.MochiPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        vae=vae,
+        text_encoder=tiny_t5(),
+        tokenizer=tiny_tokenizer(),
+        transformer=transformer,
+    )
+    return pipe, dict(WAN_LIKE, num_frames=7)
+
+
+def sana():
+    torch.manual_seed(0)
+    transformer = diffusers.SanaVideoTransformer3DModel(
+        in_channels=16,
+        out_channels=16,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=12,
+        cross_attention_dim=24,
+        caption_channels=8,
+        mlp_ratio=2.5,
+        sample_size=8,
+        patch_size=(1, 2, 2),
+        norm_elementwise_affine=False,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+    pipe = diffusers.SanaVideoPipeline(
+        tokenizer=tiny_tokenizer(1200),
+        text_encoder=tiny_t5(8),
+        vae=tiny_wan_vae(),
+        transformer=transformer,
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
+        ),
+    )
+    return pipe, dict(WAN_LIKE, height=32, width=32)
+
+
+def kandinsky5():
+    torch.manual_seed(0)
+    transformer = diffusers.Kandinsky5Transformer3DModel(
+        in_visual_dim=16,
+        in_text_dim=32,
+        in_text_dim2=16,
+        time_dim=16,
+        out_visual_dim=16,
+        patch_size=(1, 2, 2),
+        model_dim=16,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(1, 1, 2),
+        visual_cond=True,
+        attention_type="regular",
+    )
+    pipe = diffusers.Kandinsky5T2VPipeline(
+        vae=tiny_hunyuan_vae(16, mid_block_add_attention=False),
+        text_encoder=tiny_llama(32),
+        tokenizer=tiny_tokenizer(256),
+        text_encoder_2=tiny_clip_text(16),
+        tokenizer_2=tiny_tokenizer(77),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+    )
+    pipe.prompt_template, pipe.prompt_template_encode_start_idx = "{}", 0  # the real template has 128 tokens
+    return pipe, dict(WAN_LIKE, height=32, width=32, num_frames=5)
+
+
+def anyflow():
+    torch.manual_seed(0)
+    transformer = diffusers.AnyFlowTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=256,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    pipe = diffusers.AnyFlowPipeline(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=tiny_umt5(),
+        vae=tiny_wan_vae(),
+        transformer=transformer,
+        scheduler=diffusers.FlowMapEulerDiscreteScheduler(shift=5.0),
+    )
+    return pipe, WAN_LIKE
+
+
+def allegro():
+    torch.manual_seed(0)
+    transformer = diffusers.AllegroTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        cross_attention_dim=24,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=8,
+        caption_channels=24,
+    )
+    vae = diffusers.AutoencoderKLAllegro(
+        down_block_types=("AllegroDownBlock3D",) * 4,
+        up_block_types=("AllegroUpBlock3D",) * 4,
+        block_out_channels=(8,) * 4,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    ).eval()
+    pipe = diffusers.AllegroPipeline(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=tiny_t5(24),
+        vae=vae,
+        transformer=transformer,
+        scheduler=diffusers.DDIMScheduler(),
+    )
+    return pipe, dict(WAN_LIKE, num_frames=8)
+
+
+def easyanimate():
+    torch.manual_seed(0)
+    transformer = diffusers.EasyAnimateTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=16,
+        num_layers=1,
+        sample_width=16,
+        sample_height=16,
+        patch_size=2,
+    )
+    vae = diffusers.AutoencoderKLMagvit(
+        down_block_types=("SpatialDownBlock3D",) + ("SpatialTemporalDownBlock3D",) * 3,
+        up_block_types=("SpatialUpBlock3D",) + ("SpatialTemporalUpBlock3D",) * 3,
+        block_out_channels=(8,) * 4,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        spatial_group_norm=False,
+    ).eval()
+    pipe = diffusers.EasyAnimatePipeline(
+        vae=vae,
+        text_encoder=tiny_llama(16),
+        tokenizer=tiny_tokenizer(256),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    )
+    return pipe, dict(height=16, width=16, num_frames=5)
+
+
+def motif():
+    torch.manual_seed(0)
+    transformer = diffusers.MotifVideoTransformer3DModel(
+        in_channels=33,
+        out_channels=16,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=1,
+        num_single_layers=1,
+        patch_size=1,
+        patch_size_t=1,
+        text_embed_dim=32,
+        rope_axes_dim=(4, 4, 4),
+    )
+    pipe = diffusers.MotifVideoPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=tiny_wan_vae(),
+        text_encoder=tiny_t5(),
+        tokenizer=tiny_tokenizer(),
+        transformer=transformer,
+        guider=diffusers.ClassifierFreeGuidance(guidance_scale=6.0),
+    )
+    return pipe, WAN_LIKE
+
+
+ALL = {
+    "wan": wan,
+    "wan22": wan22,
+    "wan22_ti2v": wan22_ti2v,
+    "wan22_ti2v_i2v": wan22_ti2v_i2v,
+    "wan_i2v": wan_i2v,
+    "skyreels": skyreels,
+    "ltx": ltx,
+    "ltx_i2v": ltx_i2v,
+    "hunyuan": hunyuan,
+    "hunyuan15": hunyuan15,
+    "cogvideox": cogvideox,
+    "mochi": mochi,
+    "sana": sana,
+    "kandinsky5": kandinsky5,
+    "anyflow": anyflow,
+    "allegro": allegro,
+    "easyanimate": easyanimate,
+    "motif": motif,
+}

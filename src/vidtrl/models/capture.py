@@ -62,16 +62,6 @@ def bind_call(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     return {name: value for name, value in bound.items() if name != "self"}
 
 
-def _clone(value):
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, (tuple, list)):
-        return type(value)(_clone(v) for v in value)
-    if isinstance(value, dict):
-        return {k: _clone(v) for k, v in value.items()}
-    return value
-
-
 @torch.no_grad()
 def capture(pipe, denoisers: dict[str, nn.Module], **call: Any) -> dict[str, Any]:
     """Run `pipe(**call)` up to its first denoiser call.
@@ -88,7 +78,7 @@ def capture(pipe, denoisers: dict[str, nn.Module], **call: Any) -> dict[str, Any
     caught: dict[str, Any] = {}
 
     def hook(module, args, kwargs):
-        caught.update(_clone(bind_call(module, args, kwargs)))
+        caught.update(map_tensors(bind_call(module, args, kwargs), lambda t: t.detach().clone()))
         raise _Captured
 
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in denoisers.values()]
@@ -138,13 +128,13 @@ def _trim(tensor: Tensor) -> Tensor:
     return tensor[:, : int(used[-1]) + 1 if len(used) else 0]
 
 
-def _map(value: Any, function) -> Any:
+def map_tensors(value: Any, function) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, (tuple, list)):
-        return type(value)(_map(v, function) for v in value)
+        return type(value)(map_tensors(v, function) for v in value)
     if isinstance(value, dict):
-        return {k: _map(v, function) for k, v in value.items()}
+        return {k: map_tensors(v, function) for k, v in value.items()}
     return value
 
 
@@ -230,7 +220,7 @@ class Condition:
 
         samples = [{k: move(v) for k, v in s.items()} for s in self.samples]
         # rotary tables and other shared tensors stay in the precision the pipeline chose
-        shared = _map(self.shared, lambda t: t.to(device=device))
+        shared = map_tensors(self.shared, lambda t: t.to(device=device))
         return Condition(samples, shared, self.latent_shape, dtype or self.dtype, self.timestep_dtype)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

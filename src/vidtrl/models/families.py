@@ -36,7 +36,8 @@ class Family:
         call: further pipeline arguments for capture.
         negative_call: pipeline arguments that make it encode a prompt the way it encodes negative ones.
         tie_to_timestep: denoiser arguments that must follow the timestep.
-        shared: top-level tensor arguments that belong to the size, not to a clip.
+        unbatched: tensor arguments without a batch dimension that belong to a clip (they follow its text length).
+        decoded_layout: what `vae.decode` returns, "BCFHW" or "BFCHW".
         vae_batch: clips per VAE call; 0 for no limit.
         vae_tiling: the VAE works only with tiling enabled.
     """
@@ -62,12 +63,89 @@ class Family:
     call: dict[str, Any] = field(default_factory=dict)
     negative_call: dict[str, Any] = field(default_factory=dict)
     tie_to_timestep: tuple[str, ...] = ()
-    shared: tuple[str, ...] = ()
+    unbatched: tuple[str, ...] = ()
+    decoded_layout: str = "BCFHW"
     vae_batch: int = 0
     vae_tiling: bool = False
 
 
-FAMILIES: tuple[Family, ...] = (Family("wan", ("WanPipeline",), pixel_multiple=16),)
+FAMILIES: tuple[Family, ...] = (
+    Family("wan", ("WanPipeline",), pixel_multiple=16),
+    Family("wan-i2v", ("WanImageToVideoPipeline",), pixel_multiple=16, image=True),
+    Family("skyreels-v2", ("SkyReelsV2Pipeline",), pixel_multiple=16),
+    Family(
+        "ltx",
+        ("LTXPipeline",),
+        layout="packed",
+        grid="uniform",
+        mu="sequence",
+        factors=("vae_temporal_compression_ratio", "vae_spatial_compression_ratio"),
+        pixel_multiple=32,
+        fps_argument="frame_rate",
+    ),
+    Family(
+        "ltx-i2v",
+        ("LTXImageToVideoPipeline",),
+        layout="packed",
+        grid="uniform",
+        mu="sequence",
+        factors=("vae_temporal_compression_ratio", "vae_spatial_compression_ratio"),
+        pixel_multiple=32,
+        fps_argument="frame_rate",
+        image=True,
+    ),
+    Family("hunyuan-video", ("HunyuanVideoPipeline",), grid="uniform", pixel_multiple=16, guidance="true_cfg_scale"),
+    Family("hunyuan-video-1.5", ("HunyuanVideo15Pipeline",), grid="uniform", guidance="guider", vae_batch=1),
+    Family("cogvideox", ("CogVideoXPipeline",), layout="BFCHW", prediction="v_prediction"),
+    Family(
+        "mochi",
+        ("MochiPipeline",),
+        sign=-1,
+        timestep="clean",
+        grid="linear_quadratic",
+        factors=("vae_temporal_scale_factor", "vae_spatial_scale_factor"),
+    ),
+    Family(
+        "sana-video",
+        ("SanaVideoPipeline",),
+        pixel_multiple=32,
+        frames_argument="frames",
+        call={"use_resolution_binning": False},
+        negative_call={"complex_human_instruction": None},
+    ),
+    Family(
+        "kandinsky5",
+        ("Kandinsky5T2VPipeline",),
+        layout="BFHWC",
+        pixel_multiple=16,
+        unbatched=("text_rope_pos",),
+    ),
+    Family(
+        "anyflow",
+        ("AnyFlowPipeline",),
+        layout="BFCHW",
+        pixel_multiple=16,
+        call={"use_mean_velocity": False},
+        tie_to_timestep=("r_timestep",),
+    ),
+    Family(
+        "allegro",
+        ("AllegroPipeline",),
+        prediction="epsilon",
+        frame_offset=0,
+        call={"clean_caption": False},
+        decoded_layout="BFCHW",
+        vae_tiling=True,
+    ),
+    Family(
+        "easyanimate",
+        ("EasyAnimatePipeline",),
+        mu=1.0,
+        factors=("vae_temporal_compression_ratio", "vae_spatial_compression_ratio"),
+        pixel_multiple=16,
+    ),
+    Family("motif-video", ("MotifVideoPipeline",), grid="uniform", mu="sequence", guidance="guider"),
+)
 
 UNSUPPORTED: dict[str, str] = {}
 

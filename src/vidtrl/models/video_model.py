@@ -6,6 +6,7 @@ import difflib
 import inspect
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,10 @@ from diffusers import ClassifierFreeGuidance, DiffusionPipeline
 from torch import Tensor, nn
 
 from ..diffusion import flow
-from .capture import Condition, capture, patched
+from . import layout
+from .capture import Condition, capture, map_tensors, patched
 from .families import Family, find_family
-
-
-_CHANNEL_DIM = {"BCFHW": 1, "BFCHW": 2, "BFHWC": 4, "packed": 2}
+from .loading import load_pipeline
 
 
 class VideoModel:
@@ -58,6 +58,7 @@ class VideoModel:
         self.pipe, self.family = pipe, family
         self._source: dict[str, Any] | None = None
         self._offloaded: dict[str, nn.Module | None] = {}
+        self._guiders: dict[float, ClassifierFreeGuidance] = {}
         components = pipe.components
         self.denoisers = {n: components[n] for n in ("transformer", "transformer_2") if components.get(n) is not None}
         if not self.denoisers:
@@ -161,29 +162,12 @@ class VideoModel:
         if isinstance(model, DiffusionPipeline):
             if options:
                 raise ValueError(
-                    f"{', '.join(options)} only apply when a path or Hub id is loaded, not to a loaded pipeline."
+                    f"{', '.join(options)} apply when a path or Hub id is loaded, not to a loaded pipeline."
                 )
             return cls(model)
-        if not isinstance(model, (str, os.PathLike)):
-            raise TypeError(f"model must be a Hub id, a path or a diffusers pipeline, got {type(model).__name__}.")
-        path = os.fspath(model)
-        hub = {
-            k: options[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in options
-        }
-        _check_path(path)
-        try:
-            index = DiffusionPipeline.load_config(path, **hub)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"Cannot load a pipeline from {path!r}: neither a local directory with a model_index.json nor a Hub "
-                f"repository that can be reached or is cached ({str(error).strip().splitlines()[0]})"
-            ) from error
-        find_family(index["_class_name"])  # refuse before gigabytes are read
-        self = cls(DiffusionPipeline.from_pretrained(path, **options))
-        self._source = {"path": path, **options}
+        self = cls(load_pipeline(model, **options))
+        self._source = {"path": os.fspath(model), **options}
         return self
-
-    # --- geometry -------------------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -219,8 +203,6 @@ class VideoModel:
             )
         latent_frames = (num_frames - self.family.frame_offset) // self.temporal_factor + self.family.frame_offset
         return self._channels, latent_frames, height // self.spatial_factor, width // self.spatial_factor
-
-    # --- conditioning ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def condition(
@@ -260,20 +242,35 @@ class VideoModel:
         if self.family.image != (images[0] is not None):
             need = "needs an image per prompt" if self.family.image else "takes no image"
             raise ValueError(f"{type(self.pipe).__name__} {need}.")
-        call = self._call_arguments(height, width, num_frames, fps, negative, pipeline_kwargs)
+        call = self.call_arguments(height, width, num_frames, fps, negative, pipeline_kwargs)
+        # two steps, as Mochi's grid is undefined for one; the second is never reached
+        call |= {"output_type": "latent", "num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
         # One prompt at a time: what belongs to a clip is then unmistakable, and equals what a single call gives.
         conditions = []
         for text, picture in zip(prompts, images, strict=True):
             single = dict(call, prompt=text) if text is not None else dict(call)
             if picture is not None:
                 single["image"] = picture
-            with self._guidance_off():
-                caught = capture(self.pipe, self.denoisers, **single)
+            with self.guidance(1.0) as off:
+                caught = capture(self.pipe, self.denoisers, **off, **single)
             conditions.append(self._to_condition(caught, latent_shape))
         return Condition.cat(conditions)
 
-    def _call_arguments(self, height, width, num_frames, fps, negative, pipeline_kwargs) -> dict[str, Any]:
-        row = self.family
+    def call_arguments(
+        self,
+        height: int,
+        width: int,
+        num_frames: int,
+        fps: float | None = None,
+        negative: bool = False,
+        pipeline_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The pipeline's arguments for a clip of this size, without prompt, image and guidance.
+
+        Raises:
+            ValueError: `pipeline_kwargs` names an argument that the pipeline does not have or that is set here.
+        """
+        row, pipeline_kwargs = self.family, pipeline_kwargs or {}
         known = inspect.signature(type(self.pipe).__call__).parameters
         for name in pipeline_kwargs:
             if name not in known:
@@ -282,25 +279,40 @@ class VideoModel:
                     f"{type(self.pipe).__name__} has no argument {name!r}"
                     + (f"; did you mean {hint[0]!r}?" if hint else ".")
                 )
-        call = {"height": height, "width": width, row.frames_argument: num_frames, "output_type": "latent"}
-        # two steps, as Mochi's grid is undefined for one; the second is never reached
-        call |= {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
-        if "guidance_scale" in known:
-            call["guidance_scale"] = 1.0
+        call = {"height": height, "width": width, row.frames_argument: num_frames}
         if fps is not None and row.fps_argument:
             call[row.fps_argument] = fps
-        call |= row.call
-        if negative:
-            call |= row.negative_call
-        reserved = sorted(call.keys() & pipeline_kwargs.keys() - row.call.keys() - row.negative_call.keys())
-        if reserved:
-            raise ValueError(f"{', '.join(reserved)} cannot be passed as pipeline arguments here; vidtrl sets them.")
-        return call | pipeline_kwargs
+        reserved = {
+            *call,
+            "output_type",
+            "num_inference_steps",
+            "generator",
+            "latents",
+            "guidance_scale",
+            row.guidance,
+        }
+        if taken := sorted(reserved & pipeline_kwargs.keys()):
+            raise ValueError(f"{', '.join(taken)} cannot be given as extra pipeline arguments; vidtrl sets them.")
+        return call | row.call | pipeline_kwargs | (row.negative_call if negative else {})
 
-    def _guidance_off(self) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def guidance(self, scale: float = 1.0) -> Iterator[dict[str, float]]:
+        """Set the pipeline's classifier-free guidance for the block; yields the pipeline arguments that belong to it.
+
+        Embedded (distilled) guidance is 1.0, the value models are trained with.
+        """
+        call = (
+            {"guidance_scale": 1.0}
+            if "guidance_scale" in inspect.signature(type(self.pipe).__call__).parameters
+            else {}
+        )
         if self.family.guidance == "guider":
-            return patched(self.pipe, guider=ClassifierFreeGuidance(guidance_scale=1.0))
-        return contextlib.nullcontext()
+            if scale not in self._guiders:
+                self._guiders[scale] = ClassifierFreeGuidance(guidance_scale=scale)
+            with patched(self.pipe, guider=self._guiders[scale]):
+                yield call
+        else:
+            yield call | {self.family.guidance: scale}
 
     def _to_condition(self, caught: dict[str, Any], latent_shape: tuple[int, int, int, int]) -> Condition:
         row = self.family
@@ -311,62 +323,31 @@ class VideoModel:
         sample: dict[str, Tensor] = {}
         shared: dict[str, Any] = {}
         for name, value in caught.items():
-            if isinstance(value, Tensor) and value.ndim and value.shape[0] == 1 and name not in row.shared:
+            if name in row.unbatched:
+                sample[name] = value[None]
+            elif isinstance(value, Tensor) and value.ndim and value.shape[0] == 1:
                 sample[name] = value
             elif value is not None:
                 shared[name] = value
-        dim = _CHANNEL_DIM[row.layout]
+        dim = layout.CHANNEL_DIM[row.layout]
         used = self.pack(torch.zeros(1, *latent_shape)).shape[dim]
         if hidden.shape[dim] > used:
             sample["hidden_states"] = hidden.narrow(dim, used, hidden.shape[dim] - used)
         if timestep.ndim > 1:  # one timestep per token or frame; zero marks tokens that are given, not denoised
             sample["timestep"] = (timestep > 0).float()
             if bool((timestep == 0).any()):
-                sample["fixed_mask"] = self._token_mask(timestep == 0, latent_shape).float()
+                sample["fixed_mask"] = layout.token_mask(timestep == 0, self._patch, latent_shape).float()
                 sample["fixed_latents"] = self.unpack(hidden.narrow(dim, 0, used), latent_shape).float()
         dtype = next(iter(self.denoisers.values())).dtype
         return Condition([sample], shared, tuple(latent_shape), dtype, timestep.dtype)
 
-    def _token_mask(self, mask: Tensor, latent_shape: tuple[int, int, int, int]) -> Tensor:
-        """(1, tokens) or (1, frames) -> (1, 1, f, h, w)."""
-        _, f, h, w = latent_shape
-        if mask[0].numel() == f:
-            return mask.reshape(1, 1, f, 1, 1).expand(1, 1, f, h, w).contiguous()
-        pt, p = self._patch
-        mask = mask.reshape(1, 1, f // pt, h // p, w // p)
-        return mask.repeat_interleave(pt, 2).repeat_interleave(p, 3).repeat_interleave(p, 4)
-
-    # --- layout ---------------------------------------------------------------------------------------------------
-
     def pack(self, latents: Tensor) -> Tensor:
         """Canonical (B, C, f, h, w) -> the denoiser's layout."""
-        layout = self.family.layout
-        if layout == "BFCHW":
-            return latents.permute(0, 2, 1, 3, 4)
-        if layout == "BFHWC":
-            return latents.permute(0, 2, 3, 4, 1)
-        if layout == "packed":
-            b, c, f, h, w = latents.shape
-            pt, p = self._patch
-            x = latents.reshape(b, c, f // pt, pt, h // p, p, w // p, p)
-            return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4, 7).flatten(1, 3)
-        return latents
+        return layout.pack(latents, self.family.layout, self._patch)
 
     def unpack(self, hidden: Tensor, latent_shape: tuple[int, int, int, int]) -> Tensor:
         """The denoiser's layout -> canonical (B, C, f, h, w)."""
-        layout = self.family.layout
-        if layout == "BFCHW":
-            return hidden.permute(0, 2, 1, 3, 4)
-        if layout == "BFHWC":
-            return hidden.permute(0, 4, 1, 2, 3)
-        if layout == "packed":
-            c, f, h, w = latent_shape
-            pt, p = self._patch
-            x = hidden.reshape(-1, f // pt, h // p, w // p, c, pt, p, p)
-            return x.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(-1, c, f, h, w)
-        return hidden
-
-    # --- VAE ------------------------------------------------------------------------------------------------------
+        return layout.unpack(hidden, self.family.layout, self._patch, latent_shape)
 
     @torch.no_grad()
     def encode(self, videos: Tensor | list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -393,8 +374,7 @@ class VideoModel:
             posterior = vae.encode(chunk.to(device=vae.device, dtype=vae.dtype)).latent_dist
             moments.append((posterior.mean.float(), posterior.std.float()))
         mean, std = (torch.cat(m) for m in zip(*moments, strict=True))
-        shift, scale = self._latents_mean.to(mean.device), self._latents_scale.to(mean.device)
-        return (mean - shift) * scale, std * scale.abs()
+        return self.normalize(mean), std * self._latents_scale.to(std.device).abs()
 
     @torch.no_grad()
     def decode(self, latents: Tensor, chunk_size: int | None = None) -> list[Tensor]:
@@ -412,8 +392,13 @@ class VideoModel:
             # timestep-conditioned decoders (LTX 0.9.1 and later) are asked for the clean end, as the pipeline does
             extra = (z.new_zeros(len(z)),) if vae.config.get("timestep_conditioning") else ()
             pixels = vae.decode(z, *extra, return_dict=False)[0].float()
-            videos.extend(((pixels - low) / (high - low)).clamp(0, 1).transpose(1, 2).unbind())
+            pixels = pixels.transpose(1, 2) if self.family.decoded_layout == "BCFHW" else pixels
+            videos.extend(((pixels - low) / (high - low)).clamp(0, 1).unbind())
         return videos
+
+    def normalize(self, z: Tensor) -> Tensor:
+        """The VAE's latents -> canonical normalised latents, float32."""
+        return (z.float() - self._latents_mean.to(z.device)) * self._latents_scale.to(z.device)
 
     def denormalize(self, latents: Tensor) -> Tensor:
         """Canonical normalised latents -> what `vae.decode` takes, float32."""
@@ -424,8 +409,6 @@ class VideoModel:
         if self.pipe.vae is None:
             raise ValueError("The VAE is offloaded; call restore_encoders() first.")
         return self.pipe.vae
-
-    # --- the denoiser ---------------------------------------------------------------------------------------------
 
     def expert(self, sigma: float) -> str:
         """Which of `denoisers` works at noise level `sigma`."""
@@ -442,6 +425,12 @@ class VideoModel:
         t = (sigma if self.family.timestep == "noise" else 1 - sigma) * self._num_train_timesteps
         # flow schedulers with integer timesteps truncate; 2**-14 absorbs the float32 rounding of 1000 * sigma
         return (t + 2**-14).floor() if self._integer_timesteps else t
+
+    def sigma_of_timestep(self, timestep: Tensor) -> Tensor:
+        """Inverse of `timestep` for VP models: the flow sigma of (fractional) table entries."""
+        table, t = self._vp_sigmas.to(timestep.device), timestep.float()
+        low = table[t.floor().long()]
+        return low + (table[t.ceil().long()] - low) * (t - t.floor())
 
     def velocity(
         self,
@@ -528,12 +517,13 @@ class VideoModel:
         if self._vp_sigmas is not None:
             x_in = x_in / self.noise_scale(sigma).reshape(-1, 1, 1, 1, 1)
         hidden = self.pack(x_in).to(dtype)
-        dim = _CHANNEL_DIM[row.layout]
+        dim = layout.CHANNEL_DIM[row.layout]
         channels = hidden.shape[dim]
 
-        kwargs = _to_device(condition.shared, device)
+        kwargs = map_tensors(condition.shared, lambda t: t.to(device))
         for name, value in tensors.items():
             if not name.startswith("fixed_"):
+                value = value[0] if name in row.unbatched else value  # the same for all clips of a group
                 kwargs[name] = value.to(device=device, dtype=dtype if value.dtype == condition.dtype else value.dtype)
         if "hidden_states" in kwargs:
             hidden = torch.cat([hidden, kwargs["hidden_states"].to(dtype)], dim)
@@ -545,7 +535,8 @@ class VideoModel:
         t = t.to(dtype if condition.timestep_dtype == condition.dtype != torch.float32 else condition.timestep_dtype)
         kwargs |= {"hidden_states": hidden, "timestep": t, "return_dict": False}
         kwargs |= dict.fromkeys(row.tie_to_timestep, t)
-        output = call(**kwargs)[0]
+        output = call(**kwargs)
+        output = output if isinstance(output, Tensor) else output[0]  # Kandinsky 5 returns no tuple
         # learned-variance heads append channels that no sampler uses
         output = self.unpack(output.narrow(dim, 0, channels).float(), condition.latent_shape)
         if self._vp_sigmas is not None:
@@ -555,8 +546,6 @@ class VideoModel:
         if fixed is not None:  # given tokens move straight to their given value and carry no gradient
             velocity = torch.lerp(velocity, (x - given) / sigma.reshape(-1, 1, 1, 1, 1), fixed)
         return velocity
-
-    # --- noise levels ---------------------------------------------------------------------------------------------
 
     def noise_scale(self, sigma: float | Tensor) -> float | Tensor:
         """x_flow / x_native: what multiplies unit noise to start at `sigma` as the pipeline does (1 for flow models)."""
@@ -578,9 +567,7 @@ class VideoModel:
             kwargs["mu"] = self._mu(latent_shape)
         scheduler.set_timesteps(**kwargs)
         if self._vp_sigmas is not None:
-            t = scheduler.timesteps.float().cpu()
-            low = self._vp_sigmas[t.floor().long()]
-            grid = low + (self._vp_sigmas[t.ceil().long()] - low) * (t - t.floor())
+            grid = self.sigma_of_timestep(scheduler.timesteps.cpu())
         else:
             grid = scheduler.sigmas[:-1].float().cpu()
             grid = grid if row.timestep == "noise" else 1 - grid
@@ -635,8 +622,6 @@ class VideoModel:
             return torch.ones_like(sigma, dtype=torch.float32)
         return flow.vp_native_weight(sigma, self.family.prediction)
 
-    # --- memory ---------------------------------------------------------------------------------------------------
-
     def offload_encoders(self) -> None:
         """Drop text and image encoders and the VAE from device memory, once everything is cached.
 
@@ -663,31 +648,6 @@ class VideoModel:
         if self.family.vae_tiling:
             self.pipe.vae.enable_tiling()
         self._offloaded = {}
-
-
-def _check_path(path: str) -> None:
-    """One clear line for a path that is not there, before the Hub is asked for it."""
-    is_hub_id = path.count("/") <= 1 and not path.startswith((".", "/", "~")) and "\\" not in path
-    if os.path.isdir(path):
-        if not os.path.isfile(os.path.join(path, "model_index.json")):
-            raise ValueError(f"{path!r} has no model_index.json; pass the directory that pipe.save_pretrained wrote.")
-    elif not is_hub_id:
-        parent, name = os.path.split(os.path.abspath(os.path.expanduser(path)))
-        siblings = os.listdir(parent) if os.path.isdir(parent) else []
-        hint = difflib.get_close_matches(name, siblings, 1)
-        raise ValueError(
-            f"No such directory: {path!r}" + (f"; did you mean {os.path.join(parent, hint[0])!r}?" if hint else ".")
-        )
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to_device(v, device) for v in value)
-    if isinstance(value, dict):
-        return {k: _to_device(v, device) for k, v in value.items()}
-    return value
 
 
 def _interpolate(sigma: Tensor, table: Tensor) -> Tensor:

@@ -1,0 +1,49 @@
+"""Load a pipeline from a path or the Hub; what cannot work is refused in one line before gigabytes are read."""
+
+import difflib
+import os
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from .families import find_family
+
+
+def load_pipeline(model: str | os.PathLike, **options: Any) -> DiffusionPipeline:
+    """`DiffusionPipeline.from_pretrained` for a supported family.
+
+    Raises:
+        TypeError: `model` is neither a string nor a path.
+        ValueError: nothing can be loaded from there, or the family is not supported.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        raise TypeError(f"model must be a Hub id, a path or a diffusers pipeline, got {type(model).__name__}.")
+    path = os.fspath(model)
+    _check_path(path)
+    hub = {k: options[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in options}
+    try:
+        index = DiffusionPipeline.load_config(path, **hub)
+    except OSError as error:
+        raise ValueError(
+            f"Cannot load a pipeline from {path!r}: it is neither a local directory with a model_index.json nor a Hub "
+            "repository that is cached or can be reached. Check the spelling, the network and your token."
+        ) from error
+    find_family(index["_class_name"])
+    return DiffusionPipeline.from_pretrained(path, **options)
+
+
+def _check_path(path: str) -> None:
+    """One clear line for a path that is not there, before the Hub is asked for it."""
+    if os.path.isdir(path):
+        if not os.path.isfile(os.path.join(path, "model_index.json")):
+            raise ValueError(f"{path!r} has no model_index.json; pass the directory that pipe.save_pretrained wrote.")
+        return
+    parent, name = os.path.split(os.path.abspath(os.path.expanduser(path)))
+    siblings = os.listdir(parent) if os.path.isdir(parent) else []
+    if hint := difflib.get_close_matches(name, siblings, 1):
+        raise ValueError(
+            f"No such directory: {path!r}; did you mean {os.path.join(os.path.dirname(path), hint[0])!r}?"
+        )
+    is_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    if not is_hub_id or siblings:
+        raise ValueError(f"No such directory: {path!r} (and a Hub id looks like 'organisation/name').")
