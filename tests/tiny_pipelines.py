@@ -36,6 +36,16 @@ CHAT_TEMPLATE = (
 WAN_LIKE = dict(height=16, width=16, num_frames=9, max_sequence_length=16)
 
 
+def alive(transformer):
+    """Zero-initialised gates and output layers would hide everything behind them; give them values."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1, generator=generator)
+    return transformer
+
+
 def tiny_tokenizer(max_length=64):
     vocab = dict.fromkeys(
         ["<pad>", "</s>", "<unk>", "<s>", *WORDS, *string.ascii_lowercase, *string.digits, *string.punctuation]
@@ -81,7 +91,7 @@ def tiny_wan_vae(z_dim=16, **kwargs):
 
 def tiny_wan_transformer(channels=(16, 16), cls=diffusers.WanTransformer3DModel, seed=0, **kwargs):
     torch.manual_seed(seed)
-    return cls(
+    transformer = cls(
         patch_size=(1, 2, 2),
         num_attention_heads=2,
         attention_head_dim=12,
@@ -96,6 +106,7 @@ def tiny_wan_transformer(channels=(16, 16), cls=diffusers.WanTransformer3DModel,
         rope_max_seq_len=32,
         **kwargs,
     )
+    return alive(transformer)
 
 
 def tiny_llama(hidden_size):
@@ -258,7 +269,7 @@ def _ltx_parts():
     vae.latents_std.fill_(0.8)
     vae.use_framewise_encoding = vae.use_framewise_decoding = False
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1)
-    parts = dict(vae=vae, text_encoder=tiny_t5(), tokenizer=tiny_tokenizer(128), transformer=transformer)
+    parts = dict(vae=vae, text_encoder=tiny_t5(), tokenizer=tiny_tokenizer(128), transformer=alive(transformer))
     return dict(parts, scheduler=scheduler), dict(WAN_LIKE, height=32, width=32)
 
 
@@ -309,7 +320,7 @@ def cogvideox():
         clip_sample=False,
     )
     pipe = diffusers.CogVideoXPipeline(
-        tokenizer=tiny_tokenizer(), text_encoder=tiny_t5(), vae=vae, transformer=transformer, scheduler=scheduler
+        tokenizer=tiny_tokenizer(), text_encoder=tiny_t5(), vae=vae, transformer=alive(transformer), scheduler=scheduler
     )
     return pipe, WAN_LIKE
 
@@ -334,7 +345,7 @@ def hunyuan():
     pipe = diffusers.HunyuanVideoPipeline(
         text_encoder=tiny_llama(16),
         tokenizer=tiny_tokenizer(256),
-        transformer=transformer,
+        transformer=alive(transformer),
         vae=tiny_hunyuan_vae(4),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
         text_encoder_2=tiny_clip_text(8),
@@ -390,7 +401,7 @@ def hunyuan15():
     pipe = diffusers.HunyuanVideo15Pipeline(
         text_encoder=qwen,
         tokenizer=tiny_tokenizer(1200),
-        transformer=transformer,
+        transformer=alive(transformer),
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
         text_encoder_2=glyph,
@@ -428,7 +439,7 @@ def mochi():
         vae=vae,
         text_encoder=tiny_t5(),
         tokenizer=tiny_tokenizer(),
-        transformer=transformer,
+        transformer=alive(transformer),
     )
     return pipe, dict(WAN_LIKE, num_frames=7)
 
@@ -456,7 +467,7 @@ def sana():
         tokenizer=tiny_tokenizer(1200),
         text_encoder=tiny_t5(8),
         vae=tiny_wan_vae(),
-        transformer=transformer,
+        transformer=alive(transformer),
         scheduler=diffusers.DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
         ),
@@ -487,7 +498,7 @@ def kandinsky5():
         tokenizer=tiny_tokenizer(256),
         text_encoder_2=tiny_clip_text(16),
         tokenizer_2=tiny_tokenizer(77),
-        transformer=transformer,
+        transformer=alive(transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
     )
     pipe.prompt_template, pipe.prompt_template_encode_start_idx = "{}", 0  # the real template has 128 tokens
@@ -512,7 +523,7 @@ def anyflow():
         tokenizer=tiny_tokenizer(),
         text_encoder=tiny_umt5(),
         vae=tiny_wan_vae(),
-        transformer=transformer,
+        transformer=alive(transformer),
         scheduler=diffusers.FlowMapEulerDiscreteScheduler(shift=5.0),
     )
     return pipe, WAN_LIKE
@@ -545,7 +556,7 @@ def allegro():
         tokenizer=tiny_tokenizer(),
         text_encoder=tiny_t5(24),
         vae=vae,
-        transformer=transformer,
+        transformer=alive(transformer),
         scheduler=diffusers.DDIMScheduler(),
     )
     return pipe, dict(WAN_LIKE, num_frames=8)
@@ -578,7 +589,7 @@ def easyanimate():
         vae=vae,
         text_encoder=tiny_llama(16),
         tokenizer=tiny_tokenizer(256),
-        transformer=transformer,
+        transformer=alive(transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     )
     return pipe, dict(height=16, width=16, num_frames=5)
@@ -603,7 +614,7 @@ def motif():
         vae=tiny_wan_vae(),
         text_encoder=tiny_t5(),
         tokenizer=tiny_tokenizer(),
-        transformer=transformer,
+        transformer=alive(transformer),
         guider=diffusers.ClassifierFreeGuidance(guidance_scale=6.0),
     )
     return pipe, WAN_LIKE

@@ -4,8 +4,8 @@
    `vae.encode(video)`. Catches a wrong sign, prediction type, layout, normalisation or pixel range.
 2. Parity: drive the stock loop with a first-order step and compare every step's latents with our own `sample`, with
    guidance off and on. Catches wrong timesteps, sigma grids, casts and guidance.
-3. Per-sample sigma: a batch of two noise levels and two prompts equals two single calls.
-4. Gradient: the velocity's loss reaches the denoiser's first weight.
+3. Per-sample sigma: a batch of two noise levels, of one prompt and of two, equals two single calls.
+4. Gradient: the velocity's loss reaches the denoiser's first and last weight.
 """
 
 import copy
@@ -330,13 +330,15 @@ class _Check:
         x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(model.device)
         # both on one side of an expert boundary
         pair = torch.tensor([0.6, 0.2] if model.boundary is None or model.boundary > 0.6 else [0.99, 0.95])
-        both = Condition.cat([self.condition, self.negative])
-        batch = model.velocity(x, pair.to(x.device), both)
-        single = [model.velocity(x[i : i + 1], float(pair[i]), both[i]) for i in range(2)]
+        worst = 0.0
+        for both in (self.condition[[0, 0]], Condition.cat([self.condition, self.negative])):
+            batch = model.velocity(x, pair.to(x.device), both)
+            single = [model.velocity(x[i : i + 1], float(pair[i]), both[i]) for i in range(2)]
+            worst = max(worst, _difference(batch, torch.cat(single)))
         return [
             self._row(
                 "per-sample sigma",
-                _difference(batch, torch.cat(single)),
+                worst,
                 "a batch of two noise levels is not what two single calls give; set per_sample_sigma=False in the row",
             )
         ]
@@ -344,9 +346,10 @@ class _Check:
     def _gradient(self, name: str) -> list[CheckRow]:
         model = self.model
         module = model.denoisers[name]
-        # one weight at the very input is enough, and costs no second copy of a large model
+        # the first and last weight are enough, and cost no second copy of a large model
         floating = [p for p in module.parameters() if p.is_floating_point()]
-        weight = next((p for p in floating if p.ndim > 1), floating[0])
+        matrices = [p for p in floating if p.ndim > 1] or floating
+        weights = [matrices[0], matrices[-1]]
         trainable = [p for p in module.parameters() if p.requires_grad]
         sigma = next(s for s in (0.5, 0.95, 0.05) if model.expert(s) == name)
         generator = torch.Generator().manual_seed(3)
@@ -354,16 +357,18 @@ class _Check:
         try:
             for p in trainable:
                 p.requires_grad_(False)
-            weight.requires_grad_(True)
+            for p in weights:
+                p.requires_grad_(True)
             velocity = model.velocity(flow.add_noise(x0, noise, sigma), sigma, self.condition)
             loss = (velocity - flow.velocity_target(x0, noise)).square().mean()
-            gradient = torch.autograd.grad(loss, weight)[0] if loss.requires_grad else torch.zeros(1)
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True) if loss.requires_grad else []
         finally:
-            weight.requires_grad_(False)
+            for p in weights:
+                p.requires_grad_(False)
             for p in trainable:
                 p.requires_grad_(True)
-        norm = float(gradient.float().norm())
-        explanation = "the loss has no (finite) gradient at the denoiser's first weight"
+        norm = sum(float(g.float().norm()) for g in gradients if g is not None)
+        explanation = "the loss has no (finite) gradient at the denoiser's first and last weight"
         return [CheckRow(f"gradient, {name}", norm, 0.0, 0 < norm < float("inf"), explanation)]
 
 
