@@ -27,7 +27,8 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 # FFmpeg guesses the format from the content, whatever the name. Play lists and concat scripts would make it open
 # further files or URLs named by the data set, so only formats that hold their own frames are allowed.
 _FORMATS = "mov,mp4,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,flv,ogg,asf,gif,apng,ivf,obu,nut,y4m"
-_TICK = 1e-3  # tolerance when a time is compared, as a share of one output frame
+# Containers round timestamps (Matroska to 1 ms), so times are compared with this tolerance, as a share of a frame.
+_SLACK = 0.1
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class VideoInfo:
         """How many frames the whole clip has when it is resampled to `fps` (`None`: its own frames)."""
         if fps is None or self.fps is None:
             return self.num_frames
-        return max(1, math.ceil(self.duration * fps - _TICK))
+        return max(1, math.ceil(self.duration * fps - _SLACK))
 
 
 def write_video(path, frames, fps: float, crf: int = 16) -> None:
@@ -139,28 +140,19 @@ def read_video(source, *, start: int = 0, num_frames: int | None = None, fps: fl
     ```
     """
     opened = _open(source, source_fps)
-    times = opened.times()
-    if fps is None or opened.info.fps is None:
-        available, indices = len(times), None
-    else:
-        available = max(1, math.ceil((times[-1] - times[0] + opened.last_duration()) * fps - _TICK))
-    # the container's header, which the planner trusts, may promise one frame more than its timestamps reach
-    if num_frames is None:
-        num_frames = available - start
-    if (
-        start < 0
-        or num_frames < 1
-        or start + num_frames > available + (fps is not None and opened.info.fps is not None)
-    ):
+    if opened.info.fps is None:
+        fps = None  # nothing is known about time: the frames are used as they are
+    available = opened.info.frames_at(fps)
+    num_frames = available - start if num_frames is None else num_frames
+    if start < 0 or num_frames < 1 or start + num_frames > available:
         rate = f" at {fps:g} fps" if fps else ""
         raise ValueError(
             f"{opened.name} has {available} frames{rate}; frames {start} to {start + num_frames - 1} were requested"
         )
-    wanted = np.arange(start, start + num_frames)
-    if fps is None or opened.info.fps is None:
-        indices = wanted
-    else:
-        at = times[0] + wanted / fps + _TICK / fps
+    indices = np.arange(start, start + num_frames)
+    if fps is not None:
+        times = opened.times()
+        at = times[0] + indices / fps + _SLACK * min(1 / fps, 1 / opened.info.fps)
         indices = np.searchsorted(times, at, side="right") - 1
     return opened.frames(indices)
 
@@ -229,7 +221,7 @@ def source_name(source) -> str:
 
 
 def _open(source, fps):
-    """Wrap a source as an object with `.name`, `.info`, `.times()`, `.last_duration()` and `.frames(indices)`."""
+    """Wrap a source as an object with `.name`, `.info`, `.times()` and `.frames(indices)`."""
     name = source_name(source)
     if isinstance(source, dict):
         source = source.get("bytes") if source.get("bytes") is not None else source.get("path")
@@ -263,75 +255,92 @@ def _is_image_bytes(data) -> bool:
 
 
 class _File:
-    """A container that FFmpeg reads, opened anew for each purpose so that nothing stays open between rows."""
+    """A container that FFmpeg reads. It is opened anew for each purpose, so that nothing stays open between rows."""
 
     def __init__(self, source, fps, name):
         self.source, self.name, self.stated_fps = source, name, fps
-        with self._container() as container:
-            self.info = self._probe(container)
+        with _open_container(source, name) as container:
+            stream = container.streams.video[0]
+            stream.thread_count = 1
+            self.pts = self._listed(container, stream)  # one per frame, ascending, in units of time_base
+            self.time_base = stream.time_base
+            self.counted = self.pts is None  # no presentation times, as in avi: frames are counted instead
+            if self.counted:
+                container.seek(0)
+                self.pts = range(len(_packets(container, self.name)))
+                self.time_base = 1 / (stream.average_rate or Fraction(1))
+                container.seek(0)
+            self.info = self._info(container, stream)
 
-    def _container(self):
-        return _open_container(self.source, self.name)
-
-    def _probe(self, container) -> VideoInfo:
-        stream = container.streams.video[0]
-        stream.thread_count = 1
+    def _listed(self, container, stream) -> list[int] | None:
         entries = [e for e in stream.index_entries if not e.is_discard]
-        if stream.frames and len(entries) >= stream.frames:  # mp4 and mov: every frame is in the header
-            times = sorted(e.timestamp for e in entries)
+        if "avi" in container.format.name.split(","):
+            return None  # what FFmpeg makes up there does not ascend
+        if "mp4" in container.format.name.split(",") and len(entries) >= stream.frames > 0:  # all are in the header
             size = _size_of(self.source)
             if max(e.pos + e.size for e in entries) > size:
                 raise ValueError(f"{self.name} is truncated: its header lists frames beyond its {size} bytes")
-        else:  # other containers only tell when their packets are listed
-            times = _packet_times(container, stream, self.name)
-            container.seek(0)
-        num_frames, rate = len(times), float(stream.average_rate or stream.guessed_rate or 0)
+            times = sorted(e.timestamp for e in entries)
+            steps = {b - a for a, b in zip(times, times[1:], strict=False)}
+            if len(steps) <= 1:  # these are decoding times; at a constant rate they differ by an offset only
+                offset = (stream.start_time or 0) - times[0]
+                return [t + offset for t in times]
+        times = [p.pts for p in _packets(container, self.name)]
+        container.seek(0)
+        return None if None in times else sorted(times)
+
+    def _info(self, container, stream) -> VideoInfo:
+        count, rate = len(self.pts), float(stream.average_rate or stream.guessed_rate or 0)
         if self.stated_fps:
-            rate, duration = float(self.stated_fps), num_frames / self.stated_fps
+            rate, duration = float(self.stated_fps), count / self.stated_fps
         elif rate:
-            duration = float((times[-1] - times[0]) * stream.time_base) + 1 / rate
+            duration = float((self.pts[-1] - self.pts[0]) * self.time_base) + 1 / rate
         else:
             raise ValueError(f"{self.name} states no frame rate; add an `fps` column")
-        height, width = stream.height, stream.width
+        height, width = stream.height, self._square_width(stream)
         if _rotation(container, stream, self.name) % 180:
             height, width = width, height
-        return VideoInfo(num_frames, rate, height, width, duration)
+        return VideoInfo(count, rate, height, width, duration)
+
+    def _square_width(self, stream) -> int:
+        return max(1, round(stream.width * (stream.sample_aspect_ratio or 1)))
 
     def times(self) -> np.ndarray:
         """Seconds at which each frame is shown, ascending."""
-        with self._container() as container:
-            stream = container.streams.video[0]
-            self._pts = _packet_times(container, stream, self.name)
-            if self.stated_fps:
-                return np.arange(len(self._pts)) / self.stated_fps
-            return np.array(self._pts, dtype=np.float64) * float(stream.time_base)
-
-    def last_duration(self) -> float:
-        return 1 / self.info.fps
+        if self.stated_fps:
+            return np.arange(len(self.pts)) / self.stated_fps
+        return np.array(self.pts, dtype=np.float64) * float(self.time_base)
 
     def frames(self, indices) -> torch.Tensor:
-        wanted = {self._pts[i]: i for i in indices}
-        last, got, reformatter = max(wanted), {}, VideoReformatter()
-        with self._container() as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            if min(wanted) > self._pts[0]:
-                container.seek(min(wanted), stream=stream)  # to the key frame before it
-            try:
-                for frame in container.decode(stream):
-                    pts = frame.pts if frame.pts is not None else frame.dts
-                    if pts in wanted:
-                        # one thread: by default each frame starts a pool, which takes longer than its work
-                        image = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-                        got[wanted[pts]] = np.rot90(image, round(frame.rotation / 90)) if frame.rotation else image
-                    if pts >= last and len(got) == len(wanted):
-                        break
-            except av.error.FFmpegError as error:
-                raise ValueError(f"{self.name} is damaged: {error.strerror}") from error
+        chosen = [self.pts[i] for i in indices]
+        wanted, got = set(chosen), {}
+        # a seek goes to the key frame before; where a container seeks badly, decode from the beginning
+        for seek in (True, False) if min(wanted) > self.pts[0] and not self.counted else (False,):
+            with _open_container(self.source, self.name) as container:
+                stream = container.streams.video[0]
+                stream.thread_type = "AUTO"
+                if seek:
+                    container.seek(min(wanted), stream=stream)
+                self._decode(container, stream, wanted, got)
+            if len(got) == len(wanted):
+                break
         if len(got) < len(wanted):
             raise ValueError(f"{self.name} is damaged: {len(wanted) - len(got)} of {len(wanted)} frames do not decode")
-        stacked = np.stack([got[i] for i in indices])
-        return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
+        return torch.from_numpy(np.stack([got[pts] for pts in chosen])).permute(0, 3, 1, 2).contiguous()
+
+    def _decode(self, container, stream, wanted, got):
+        reformatter, width = VideoReformatter(), self._square_width(stream)
+        try:
+            for number, frame in enumerate(container.decode(stream)):
+                pts = number if self.counted else frame.pts
+                if pts in wanted:
+                    # one thread: by default each frame starts a pool, which takes longer than its work
+                    image = reformatter.reformat(frame, format="rgb24", width=width, threads=1).to_ndarray()
+                    got[pts] = np.rot90(image, round(frame.rotation / 90)) if frame.rotation else image
+                if len(got) == len(wanted):
+                    break
+        except av.error.FFmpegError as error:
+            raise ValueError(f"{self.name} is damaged: {error.strerror}") from error
 
 
 class _Frames:
@@ -355,9 +364,6 @@ class _Frames:
 
     def times(self) -> np.ndarray:
         return np.arange(self.info.num_frames) / (self.info.fps or 1.0)
-
-    def last_duration(self) -> float:
-        return 1 / self.info.fps
 
     def frames(self, indices) -> torch.Tensor:
         if self.array:
@@ -387,9 +393,6 @@ class _Decoder:
         if self.stated_fps:
             return np.arange(self.info.num_frames) / self.stated_fps
         return self.decoder.get_frames_in_range(0, self.info.num_frames).pts_seconds.numpy()
-
-    def last_duration(self) -> float:
-        return 1 / self.info.fps
 
     def frames(self, indices) -> torch.Tensor:
         return self.decoder.get_frames_at([int(i) for i in indices]).data.to(torch.uint8)
@@ -440,16 +443,15 @@ def _size_of(source) -> int:
     return os.path.getsize(source) if isinstance(source, (str, os.PathLike)) else len(source)
 
 
-def _packet_times(container, stream, name) -> list[int]:
-    """The presentation time of every frame in units of `stream.time_base`, ascending. Reads, but does not decode."""
+def _packets(container, name) -> list:
+    """The packets of all frames. Reads the file, but does not decode it."""
     try:
-        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+        packets = [p for p in container.demux(video=0) if p.size and not p.is_discard]
     except av.error.FFmpegError as error:
         raise ValueError(f"{name} is damaged: {error.strerror}") from error
     if not packets:
         raise ValueError(f"{name} holds no video frames")
-    times = sorted(p.pts if p.pts is not None else p.dts for p in packets)
-    return times
+    return packets
 
 
 def _rotation(container, stream, name) -> int:
