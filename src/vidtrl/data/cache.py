@@ -53,7 +53,7 @@ class CachedDataset(Dataset):
     Items are dicts: `mean` and `std`, float16 `(C, f, h, w)`, the normalised posterior (absent with `text_only`);
     `condition`, a `(tensors, meta)` pair for `Condition.from_state`; `prompt`; `sample_id`; `bucket`; `index`.
 
-    Made by [`build_cache`].
+    Made by [`build_cache`]. `shapes` lists the buckets' `(num_frames, height, width)`.
 
     Example:
 
@@ -63,9 +63,9 @@ class CachedDataset(Dataset):
     ```
     """
 
-    def __init__(self, directory, plan, samples: list[tuple], shard_of: Callable[[str], str], text_only: bool):
+    def __init__(self, directory, shapes, samples: list[tuple], shard_of: Callable[[str], str], text_only: bool):
         # samples: (sample_id, prompt, bucket, (latents key, condition key, key of the empty prompt's condition))
-        self.directory, self.plan, self.text_only = directory, plan, text_only
+        self.directory, self.shapes, self.text_only = directory, shapes, text_only
         self._shards = sorted({shard_of(key) for *_, keys in samples for key in keys if key})
         number = {name: i for i, name in enumerate(self._shards)}
         # columns, not objects: some 300 bytes a clip, and nothing that a forked DataLoader worker would copy
@@ -197,7 +197,13 @@ class _Builder:
         self.directory.mkdir(parents=True, exist_ok=True)
         write_atomic(self.directory / "fingerprint.json", json.dumps(self.fingerprint, indent=1, sort_keys=True))
         _remove_old_temporaries(self.cache_dir, self.directory)
-        self.first_frame = "image" in self.columns and "image" not in _column_names(self.dataset)
+        columns = _column_names(self.dataset)
+        if not self.text_only and "video" not in columns:
+            raise ValueError("the dataset has no videos: use text_only=True")
+        missing = [c for c in self.columns if c not in columns and c not in ("fps", "image")]
+        if missing:
+            raise ValueError(f"condition_columns names {', '.join(missing)}; the dataset has {', '.join(columns)}")
+        self.first_frame = "image" in self.columns and "image" not in columns
         self.files = FileHashes(self.cache_dir)
         self.store = Store(self.directory, self.rank)
         keyed = self._stream() if not self.plan.complete else None
@@ -284,7 +290,7 @@ class _Builder:
             raise RuntimeError(
                 f"{missing} entries are missing from {self.directory}: another process failed or stopped"
             )
-        return CachedDataset(str(self.directory), self.plan, items, self.store.shard, self.text_only)
+        return CachedDataset(str(self.directory), self.plan.buckets, items, self.store.shard, self.text_only)
 
     def _prompts(self, row) -> list[str]:
         return [row["prompt"], ""] if self.empty_prompt else [row["prompt"]]
@@ -325,7 +331,9 @@ class _Builder:
             if "image" in inputs:
                 inputs["image"] = self._image(row, sample, bucket)
         except ValueError as error:
-            self._skip(self._latents_key(row, sample), sample, error)
+            if self.text_only:
+                raise
+            self._skip(self._latents_key(row, sample), error)
             return
         tensors, meta = self.condition(inputs, bucket.height, bucket.width, bucket.num_frames)
         for name, tensor in tensors.items():
@@ -338,7 +346,7 @@ class _Builder:
         try:
             video = load_clip(row, sample, bucket)
         except ValueError as error:
-            self._skip(key, sample, error)
+            self._skip(key, error)
             return
         mean, std = (x[0].detach().to("cpu", torch.float16) for x in self.encode([video]))
         if not (mean.isfinite().all() and std.isfinite().all()):
@@ -347,7 +355,7 @@ class _Builder:
             )
         self.store.add("latents", key, {"mean": mean, "std": std}, {}, self._info(sample, bucket, row["prompt"]))
 
-    def _skip(self, key, sample, error):
+    def _skip(self, key, error):
         if key not in self.unreadable:
             logger.warning("clip skipped: %s", error)
         self.unreadable[key] = str(error)

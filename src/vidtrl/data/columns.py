@@ -4,12 +4,14 @@ import csv
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import fsspec
 from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict, Value, Video
 
-from .video import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from .video import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, source_name
 
 
 # in order of preference; `txt` and `mp4` are what WebDataset shards call them
@@ -17,6 +19,7 @@ ALIASES = {
     "prompt": ("prompt", "caption", "text", "txt"),
     "video": ("video", "file_name", "video_path", "path", "mp4"),
 }
+PROTOCOLS = {"hf", "zip", "tar", "gzip"}  # others could be made to reach hosts of the user's own network
 
 
 def standardize_columns(dataset, *, root: str | os.PathLike | None = None, prompts_only: bool = False):
@@ -54,9 +57,8 @@ def standardize_columns(dataset, *, root: str | os.PathLike | None = None, promp
             video = "image"
         if video is None:
             raise ValueError(_missing("video", columns))
-        dataset = _rename(dataset, columns, video, "video")
-        dataset = _undecoded(dataset, root)
-        columns = ["video" if c == video else c for c in columns if c == video or c != "video"]
+        dataset = _undecoded(_rename(dataset, columns, video, "video"), root)
+        columns = ["video" if column == video else column for column in columns]
     prompt = _find(columns, "prompt")
     if prompt is not None:
         dataset = _rename(dataset, columns, prompt, "prompt")
@@ -177,18 +179,28 @@ def _undecoded(dataset, root):
     """Videos and images as `{"path", "bytes"}`; text paths checked against `root`."""
     if isinstance(dataset, (list, tuple)):
         return [{**row, "video": _resolve(row["video"], root)} for row in dataset]
-    features = dataset.features
-    feature = features.get("video") if features else None
-    if isinstance(feature, Video):
-        return dataset.cast_column("video", Video(decode=False))
-    if isinstance(feature, Image):
-        return dataset.cast_column("video", Image(decode=False))
-    if isinstance(feature, Value) or feature is None:
-        if isinstance(dataset, IterableDataset):
-            return dataset.map(lambda row: {"video": _resolve(row["video"], root)})
+    feature = (dataset.features or {}).get("video")
+    if isinstance(feature, (Video, Image)):
+        dataset = dataset.cast_column("video", type(feature)(decode=False))
+        # what streams from the Hub or an archive has the path of a remote file: read it when its row is asked for
+        return dataset.map(_fetched, features=dataset.features) if isinstance(dataset, IterableDataset) else dataset
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(lambda row: {"video": _resolve(row["video"], root)})
+    if feature == Value("string"):
         paths = [_resolve(path, root) for path in dataset["video"]]
         return dataset.remove_columns("video").add_column("video", paths)
     return dataset
+
+
+def _fetched(row):
+    path = (row["video"] or {}).get("path")
+    if path is None or row["video"].get("bytes") is not None or "://" not in path:
+        return row
+    protocols = set(re.findall(r"(\w+)://", path))
+    if not protocols <= PROTOCOLS:
+        raise ValueError(f"{path!r} is not on the Hub; download the file first")
+    with fsspec.open(path, "rb") as file:
+        return {**row, "video": {"path": path, "bytes": file.read()}}
 
 
 def _resolve(value, root):
@@ -209,15 +221,19 @@ def _sidecar(source) -> str | None:
 
 
 def _add_sidecar_prompts(dataset, columns):
+    hint = " A file clip.txt beside clip.mp4 works as well."
     if isinstance(dataset, IterableDataset):
         if _sidecar(next(iter(dataset))["video"]) is None:
-            raise ValueError(_missing("prompt", columns))
+            raise ValueError(_missing("prompt", columns) + hint)
         features = Features({**dataset.features, "prompt": Value("string")}) if dataset.features else None
         return dataset.map(lambda row: {"prompt": _sidecar(row["video"])}, features=features)
-    sources = dataset["video"] if isinstance(dataset, Dataset) else [row["video"] for row in dataset]
+    sources = list(dataset["video"]) if isinstance(dataset, Dataset) else [row["video"] for row in dataset]
     prompts = [_sidecar(source) for source in sources]
-    if all(prompt is None for prompt in prompts):
-        raise ValueError(_missing("prompt", columns) + " A file clip.txt beside clip.mp4 works as well.")
+    without = [source_name(source) for source, prompt in zip(sources, prompts, strict=True) if prompt is None]
+    if len(without) == len(prompts):
+        raise ValueError(_missing("prompt", columns) + hint)
+    if without:
+        raise ValueError(f"{len(without)} of {len(prompts)} clips have no caption file; the first: {without[0]}")
     if isinstance(dataset, Dataset):
         return dataset.add_column("prompt", prompts)
     return [{**row, "prompt": prompt} for row, prompt in zip(dataset, prompts, strict=True)]

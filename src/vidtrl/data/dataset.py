@@ -1,9 +1,14 @@
 """The uncached path: clips decoded when they are asked for."""
 
+import logging
+
 import torch
 from torch.utils.data import Dataset
 
 from .video import read_video, resize_crop
+
+
+logger = logging.getLogger(__name__)
 
 
 class VideoDataset(Dataset):
@@ -15,7 +20,8 @@ class VideoDataset(Dataset):
         plan ([`Plan`]): From [`plan_dataset`] on the same dataset.
 
     Items are dicts: `video`, float32 `(F, C, H, W)` in [0, 1]; `prompt`; `sample_id`; `bucket`; `index`; `fps`, the clip's
-    frame rate after resampling; and the dataset's other columns.
+    frame rate after resampling; and the dataset's other columns. A clip that turns out to be damaged costs one warning; the
+    next readable one of its bucket takes its place.
 
     Example:
 
@@ -29,7 +35,7 @@ class VideoDataset(Dataset):
     def __init__(self, dataset, plan):
         if not plan.complete:
             raise ValueError("a streaming dataset must be cached before training: use cache=True")
-        self.dataset, self.plan, self.samples = dataset, plan, plan.samples
+        self.dataset, self.plan, self.samples, self._damaged = dataset, plan, plan.samples, set()
 
     @property
     def buckets(self) -> list[int]:
@@ -40,11 +46,29 @@ class VideoDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict:
+        index = range(len(self))[index]
+        bucket = self.samples[index].bucket
+        for other in (*range(index, len(self)), *range(index)):
+            if self.samples[other].bucket == bucket and other not in self._damaged:
+                try:
+                    return self._load(other)
+                except ValueError as error:
+                    logger.warning("clip skipped: %s", error)
+                    self._damaged.add(other)
+        raise ValueError(f"no clip of bucket {self.plan.buckets[bucket]} can be read")
+
+    def _load(self, index):
         sample = self.samples[index]
         row = self.dataset[sample.index]
-        item = {**row, "sample_id": sample.sample_id, "bucket": sample.bucket, "index": index, "fps": sample.fps}
-        item["video"] = load_clip(row, sample, self.plan.buckets[sample.bucket])
-        return item
+        video = load_clip(row, sample, self.plan.buckets[sample.bucket])
+        made = {
+            "video": video,
+            "sample_id": sample.sample_id,
+            "bucket": sample.bucket,
+            "index": index,
+            "fps": sample.fps,
+        }
+        return {**row, **made}
 
 
 def load_clip(row: dict, sample, bucket, num_frames: int | None = None) -> torch.Tensor:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 from datasets import IterableDataset
+from huggingface_hub.utils import tqdm
 
 from .columns import check_prompt
 from .video import VideoInfo, cover_size, probe_video, source_name
@@ -34,7 +35,7 @@ class Bucket(NamedTuple):
         return f"{self.num_frames}x{self.height}x{self.width}"
 
 
-@dataclass
+@dataclass(slots=True)
 class PlanRow:
     """
     What happens to one clip (or, with `windows="all"`, to one window of it).
@@ -279,6 +280,8 @@ class ShapePlan:
             lost = 1 - bucket.height * bucket.width / (scaled[0] * scaled[1])
             notes.append(f"cropped to {bucket.height}x{bucket.width} ({lost:.1%} of the picture lost)")
             action = "cropped"
+        if self.fps is not None and info.fps is None and info.num_frames > 1:
+            notes.append("frame rate unknown, so not resampled (an `fps` column states it)")
         starts, left = [0], available - bucket.num_frames
         if left:
             if self.windows == "center":
@@ -294,7 +297,7 @@ class ShapePlan:
         for start in starts:
             used = [f"frames {start}-{start + bucket.num_frames - 1} of {available}"] if left else []
             name = f"{sample_id}#{start}" if len(starts) > 1 else sample_id
-            reason = "; ".join(notes + used)
+            reason = "; ".join(notes + used) or "fits as it is"
             rows.append(PlanRow(index, name, action, reason, number, start, target, target or info.fps))
         return rows
 
@@ -309,12 +312,14 @@ class Plan:
         max_bad_fraction (`float`): Unreadable clips beyond this share are an error.
         rows (list of [`PlanRow`]): One per clip and window, in the dataset's order.
         complete (`bool`): `False` for a streaming dataset that has not been read yet.
+        quiet (`bool`): Do not warn of unreadable clips: another process does.
     """
 
     spec: ShapePlan
     max_bad_fraction: float = 0.1
     rows: list[PlanRow] = field(default_factory=list)
     complete: bool = False
+    quiet: bool = False
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -335,14 +340,15 @@ class Plan:
         """Plan one dataset row and append the result; an unreadable clip costs one warning."""
         prompt_id = _sample_id(index, row)
         check_prompt(row.get("prompt"), prompt_id)
-        if "video" not in row:  # prompts only
-            planned = [PlanRow(index, prompt_id, "kept", "", 0, fps=self.spec.fps)]
+        if "video" not in row:
+            planned = [PlanRow(index, prompt_id, "kept", "a prompt without a video", 0, fps=self.spec.fps)]
         else:
             try:
                 info = probe_video(row["video"], row.get("fps"))
                 planned = self.spec.plan_clip(index, prompt_id, info)
             except ValueError as error:
-                logger.warning("clip skipped: %s", error)
+                if not self.quiet:
+                    logger.warning("clip skipped: %s", error)
                 planned = [PlanRow(index, prompt_id, "dropped", f"unreadable: {error}", unreadable=True)]
         self.rows += planned
         return planned
@@ -350,7 +356,7 @@ class Plan:
     def finish(self) -> None:
         """Check the whole plan. Called when the last row was added."""
         self.complete = True
-        bad = [row for row in self.rows if row.unreadable]
+        bad = list({row.index: row for row in self.rows if row.unreadable}.values())
         total = len({row.index for row in self.rows})
         if total == 0:
             raise ValueError("the dataset is empty")
@@ -401,7 +407,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan_dataset(dataset, *, max_bad_fraction: float = 0.1, **rules) -> Plan:
+def plan_dataset(dataset, *, max_bad_fraction: float = 0.1, quiet: bool = False, **rules) -> Plan:
     """
     Decide for every clip whether it is kept, cropped, retimed or dropped.
 
@@ -411,6 +417,7 @@ def plan_dataset(dataset, *, max_bad_fraction: float = 0.1, **rules) -> Plan:
         dataset (`datasets.Dataset`, `datasets.IterableDataset` or list of `dict`): With the columns `prompt` and `video`, see
             [`standardize_columns`]; without `video`, every prompt gets the first bucket.
         max_bad_fraction (`float`, *optional*, defaults to `0.1`): Largest share of unreadable clips, 0 to 1.
+        quiet (`bool`, *optional*, defaults to `False`): No progress bar, no warnings: for all processes but the first.
         **rules: The arguments of [`ShapePlan`].
 
     Returns:
@@ -428,10 +435,10 @@ def plan_dataset(dataset, *, max_bad_fraction: float = 0.1, **rules) -> Plan:
     """
     if not 0 <= max_bad_fraction <= 1:
         raise ValueError(f"max_bad_fraction must be between 0 and 1, not {max_bad_fraction}")
-    plan = Plan(ShapePlan(**rules), max_bad_fraction)
+    plan = Plan(ShapePlan(**rules), max_bad_fraction, quiet=quiet)
     if isinstance(dataset, IterableDataset):
         return plan
-    for index, row in enumerate(dataset):
+    for index, row in enumerate(tqdm(dataset, desc="Planning", delay=2, disable=quiet)):
         plan.add(index, row)
     plan.finish()
     return plan

@@ -147,8 +147,11 @@ class FileHashes:
         known = self.known.get(path)
         if known is not None and all(known[name] == value for name, value in seen.items()):
             return known["sha256"]
+        digest = hashlib.sha256()
         with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            while block := file.read(2**20):
+                digest.update(block)
+        sha256 = digest.hexdigest()
         if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > RACY_NS:
             self.known[path] = self.new[path] = {**seen, "sha256": sha256}
         return sha256
