@@ -1,19 +1,18 @@
 """`vidtrl check-model`: is this model sampled and trained as its own pipeline means it?"""
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import UserError
+from .errors import Parser, UserError
 
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The options of `vidtrl check-model`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vidtrl check-model",
         description="Check a diffusers video pipeline: the ideal denoiser must reproduce the VAE's latents, vidtrl's "
         "sampling loop must follow the pipeline's own trajectory, and gradients must reach the denoiser. Prints a "

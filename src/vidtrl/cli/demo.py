@@ -18,16 +18,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from .. import __version__
 from ..toy import pipeline_path
 from . import generate
 from .env import hardware, package_versions
-from .errors import Interrupted, UserError
+from .errors import Interrupted, Parser, UserError
 
 
 MODELS = {"base": "base", "sft": "base + LoRA"}
@@ -177,6 +179,8 @@ def fine_tune(output: Path, seed: int, base: str, settings: DemoSettings, consol
         max_sequence_length=settings.max_sequence_length,
         cache_dir=str(output / "cache" / "latents"),
         eval_strategy="steps",
+        eval_on_start=True,
+        dataloader_pin_memory=False,
         save_total_limit=2,
         report_to="none",
         **settings.sft,
@@ -191,8 +195,6 @@ def fine_tune(output: Path, seed: int, base: str, settings: DemoSettings, consol
     checkpoint = get_last_checkpoint(str(target)) if target.is_dir() else None
     if checkpoint:
         console.print(f"      going on from {escape(Path(checkpoint).name)}")
-    else:
-        trainer.evaluate()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
@@ -319,39 +321,40 @@ def measure_clips(output: Path, jobs: list[dict]) -> dict:
     return {"num_clips": len(clips), "goal": goal, "metrics": results, "clips": clips}
 
 
-METRICS = {  # name -> (label, percent, higher is better, how it is measured)
-    "all": ("All three right", True, True, "colour, shape and direction as the prompt asks"),
-    "color": ("Colour", True, True, "palette colour nearest to the shape's pixels"),
-    "shape": ("Shape", True, True, "filled share of the bounding box"),
-    "direction": ("Direction", True, True, "slope of the centroid"),
-    "present": ("Shape visible", True, True, "in at least 60 % of the frames"),
-    "flicker": ("Flicker", False, False, "mean second difference of the shape's brightness, relative to its mean"),
-    "smoothness": ("Smoothness", False, True, "1 for uniform motion"),
+METRICS = {  # name -> (label, digits after the point of its percentage, higher is better, how it is measured)
+    "all": ("All three right", 0, True, "colour, shape and direction as the prompt asks"),
+    "color": ("Colour", 0, True, "palette colour nearest to the shape's pixels"),
+    "shape": ("Shape", 0, True, "filled share of the bounding box"),
+    "direction": ("Direction", 0, True, "slope of the centroid"),
+    "present": ("Shape visible", 0, True, "in at least 60 % of the frames"),
+    "flicker": (
+        "Flicker",
+        1,
+        False,
+        "mean second difference of the shape's brightness over time, relative to its mean",
+    ),
+    "smoothness": ("Smoothness", 1, True, "100 % is uniform motion"),
 }
 
 
 def results_table(results: dict) -> Table:
     """The results as a table for the terminal, with 95 % intervals."""
-    table = Table(
-        title=f"{results['num_clips']} held-out clips a model, measured from their mp4 files (95 % intervals)"
-    )
+    title = f"{results['num_clips']} held-out clips a model, measured from their mp4 files: % [95 % interval]"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
     for name in ("Measured", *MODELS.values(), "Difference"):
         table.add_column(name, justify="left" if name == "Measured" else "right")
-    for metric, (label, percent, higher, _) in METRICS.items():
+    for metric, (label, digits, higher, _) in METRICS.items():
         row = results["metrics"][metric]
-        scale, form = (100, ".0f") if percent else (1, ".3f")
 
-        def show(e, sign="", scale=scale, form=form):
-            value, low, high = (e[k] * scale for k in ("value", "low", "high"))
-            return f"{value:{sign}{form}} [{low:{sign}{form}}, {high:{sign}{form}}]"
+        def show(e, sign="", digits=digits):
+            value, low, high = (f"{100 * e[k]:{sign}.{digits}f}" for k in ("value", "low", "high"))
+            return escape(f"{value} [{low}, {high}]")
 
         difference = row["difference"]
         clear = not difference["low"] <= 0 <= difference["high"]
         style = "" if not clear else "green" if (difference["value"] > 0) == higher else "red"
         table.add_row(
-            f"{label}{' (%)' if percent else ''}",
-            *(escape(show(row[name])) for name in MODELS),
-            f"[{style}]{escape(show(difference, '+'))}[/{style}]" if style else escape(show(difference, "+")),
+            label, *(show(row[name]) for name in MODELS), Text.from_markup(show(difference, "+"), style=style)
         )
     return table
 
@@ -364,7 +367,7 @@ def verdict(results: dict) -> str:
         f"Clips that show the asked colour, shape and direction: {100 * row['base']['value']:.0f} % before, "
         f"{100 * row['sft']['value']:.0f} % after fine-tuning ({100 * row['difference']['value']:+.0f} points; "
         f"95 % interval {100 * row['difference']['low']:+.0f} to {100 * row['difference']['high']:+.0f}). "
-        f"Flicker {moved} from {flicker['base']['value']:.3f} to {flicker['sft']['value']:.3f}."
+        f"Flicker {moved} from {100 * flicker['base']['value']:.1f} % to {100 * flicker['sft']['value']:.1f} %."
     )
 
 
@@ -378,10 +381,11 @@ def write_demo_report(output: Path, results: dict) -> Path:
             {MODELS[name]: Estimate(**results["metrics"][key][name]) for name in MODELS},
             Estimate(**results["metrics"][key]["difference"]),
             higher_is_better=higher,
-            percent=percent,
+            percent=True,
+            digits=digits,
             help=text,
         )
-        for key, (label, percent, higher, text) in METRICS.items()
+        for key, (label, digits, higher, text) in METRICS.items()
     ]
     describe = lambda m: f"{m['color']} {m['shape']} {m['direction']}" if m["present"] else "no shape seen"  # noqa: E731
     clips = [
@@ -456,9 +460,7 @@ def _write_json(path: Path, data) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run the demo and print where its results are."""
-    parser = argparse.ArgumentParser(
-        prog="vidtrl demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="vidtrl demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--output", default="demo", help="folder for clips, adapter, videos and report (default: %(default)s)"
     )

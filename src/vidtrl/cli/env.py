@@ -1,12 +1,13 @@
 """`vidtrl env`: versions and hardware, for bug reports."""
 
-import argparse
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from importlib import metadata
 
 from .. import __version__
+from .errors import Parser
 
 
 PACKAGES = (
@@ -39,13 +40,13 @@ def hardware() -> dict[str, str]:
     """Operating system, CPU cores usable by this process, memory and accelerators."""
     import torch
 
-    # sched_getaffinity sees a container's limit on cores; macOS and Windows have none to see
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # a container's limit on cores shows in the affinity, which only Linux has
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     facts = {
         "Platform": platform.platform(),
         "CPU": f"{platform.processor() or platform.machine()}, {cores} cores, {torch.get_num_threads()} torch threads",
     }
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+    if sys.platform == "linux":
         facts["Memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
     if not torch.accelerator.is_available():
         facts["Accelerator"] = "none"
@@ -62,7 +63,7 @@ def hardware() -> dict[str, str]:
 
 def run(argv: Sequence[str]) -> int:
     """Print one `name: value` a line. No path, user name or token is among them."""
-    argparse.ArgumentParser(prog="vidtrl env", description=__doc__.split(": ", 1)[1]).parse_args(argv)
+    Parser(prog="vidtrl env", description=__doc__.split(": ", 1)[1]).parse_args(argv)
     for name, value in (package_versions() | hardware()).items():
         print(f"{name}: {value}")
     return 0

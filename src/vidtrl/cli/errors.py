@@ -1,5 +1,6 @@
 """One line for a user's mistake, the traceback for a bug."""
 
+import argparse
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,6 +17,16 @@ class UserError(Exception):
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, with a hint on how to go on."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviated options, and with one line instead of the usage for a mistake."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        raise UserError(message)
 
 
 def guarded(run: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from .errors import Interrupted, UserError
+from .errors import Interrupted, Parser, UserError
 
 
 CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
@@ -35,13 +35,13 @@ def split_launch_options(argv: Sequence[str]) -> tuple[dict[str, str], list[str]
         `tuple[dict[str, str], list[str]]`: The launch options by name, and the other arguments. Options in the config
         file stay there (the command's parser knows and ignores them); the command line wins.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     for name in ("accelerate_config", *LAUNCH_OPTIONS):
-        parser.add_argument(f"--{name}")
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
     found, rest = parser.parse_known_args(list(argv))
     options = vars(found)
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--config")
+    peek = Parser(add_help=False)
+    peek.add_argument("--config", nargs="?")
     path = peek.parse_known_args(rest)[0].config
     if path and Path(path).is_file():
         try:

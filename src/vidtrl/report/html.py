@@ -23,6 +23,7 @@ class Metric:
         difference (`Estimate`): Last model minus first, over pairs.
         higher_is_better (`bool`, *optional*, defaults to `True`): Which sign of the difference is an improvement.
         percent (`bool`, *optional*, defaults to `False`): Show as a percentage.
+        digits (`int`, *optional*, defaults to `0` for a percentage and `3` else): Digits after the point.
         help (`str`, *optional*, defaults to `""`): One sentence on how it is measured.
     """
 
@@ -31,7 +32,18 @@ class Metric:
     difference: Estimate
     higher_is_better: bool = True
     percent: bool = False
+    digits: int | None = None
     help: str = ""
+
+    def show(self, value: float) -> str:
+        """A value in the metric's unit."""
+        digits = self.digits if self.digits is not None else 0 if self.percent else 3
+        text = f"{100 * value:.{digits}f} %" if self.percent else f"{value:.{digits}f}"
+        return text.replace("-", "\N{MINUS SIGN}")
+
+    def show_difference(self, value: float) -> str:
+        """A signed difference; one of two percentages is in points."""
+        return ("+" if value > 0 else "") + self.show(value).removesuffix(" %")
 
     @property
     def verdict(self) -> str:
@@ -151,11 +163,6 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = _number
-    # a difference of two percentages is in points
-    environment.filters["signed"] = lambda value, percent: (
-        ("+" if value > 0 else "") + _number(value, percent).removesuffix(" %")
-    )
     script = environment.get_template("report.js").render()
     html = environment.get_template("report.html").render(
         title=title,
@@ -188,8 +195,3 @@ def write_report(
     partial.write_text(html, encoding="utf-8")
     partial.replace(path)
     return path
-
-
-def _number(value: float, percent: bool) -> str:
-    text = f"{100 * value:.0f} %" if percent else f"{value:.3f}"
-    return text.replace("-", "\N{MINUS SIGN}")
