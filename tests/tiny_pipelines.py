@@ -320,7 +320,11 @@ def cogvideox():
         clip_sample=False,
     )
     pipe = diffusers.CogVideoXPipeline(
-        tokenizer=tiny_tokenizer(), text_encoder=tiny_t5(), vae=vae, transformer=alive(transformer), scheduler=scheduler
+        tokenizer=tiny_tokenizer(),
+        text_encoder=tiny_t5(),
+        vae=vae,
+        transformer=alive(transformer),
+        scheduler=scheduler,
     )
     return pipe, WAN_LIKE
 

@@ -58,8 +58,10 @@ def quiet(pipe) -> contextlib.AbstractContextManager:
 
 def bind_call(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     """Name the positional arguments of a forward call of `module`."""
-    bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
-    return {name: value for name, value in bound.items() if name != "self"}
+    bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
+    named = {**bound.arguments, **bound.kwargs}  # arguments swallowed by **kwargs are listed by their own name too
+    variadic = {p.name for p in bound.signature.parameters.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    return {name: value for name, value in named.items() if name != "self" and name not in variadic}
 
 
 @torch.no_grad()

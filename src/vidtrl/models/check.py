@@ -105,6 +105,8 @@ def check_model(
     """
     if not isinstance(model, VideoModel):
         model = VideoModel.from_pretrained(model)
+    if model.pipe.vae is None:
+        raise ValueError("The VAE is offloaded; call restore_encoders() before check_model.")
     check = _Check(model, prompt, height, width, num_frames, pipeline_kwargs)
     with ExitStack() as stack:
         stack.enter_context(quiet(model.pipe))
@@ -158,14 +160,14 @@ class _Check:
         return rows
 
     def _guarded(self, name: str, function: Callable[[], list[CheckRow]]) -> list[CheckRow]:
-        """A wrong layout mostly shows as a shape error inside the model: that is this check's verdict, not a crash."""
+        """A wrong row mostly shows as a shape error inside the model: that is this check's verdict, not a crash."""
         try:
             return function()
-        except (RuntimeError, IndexError, AssertionError) as error:
+        except (RuntimeError, IndexError, ValueError, AssertionError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = str(error).strip().splitlines()
-            explanation = f"{type(error).__name__} ({reason[0] if reason else 'no message'}); is the layout right?"
+            explanation = f"{type(error).__name__}: {reason[0] if reason else 'no message'} (a wrong layout, or the model itself)"
             return [CheckRow(name, float("inf"), self.limit, False, explanation)]
 
     def _row(self, name: str, value: float, explanation: str, limit: float | None = None) -> CheckRow:

@@ -29,6 +29,7 @@ class VideoModel:
 
     Args:
         pipe: a loaded diffusers pipeline of a supported family (`vidtrl.models.FAMILIES`).
+        family: the row to use instead of the table's (to try one out with `check_model`).
 
     Attributes:
         pipe: the pipeline.
@@ -51,10 +52,8 @@ class VideoModel:
         >>> loss = (prediction - (noise - x0)).square().mean()
     """
 
-    def __init__(self, pipe: DiffusionPipeline):
-        self._setup(pipe, find_family(type(pipe).__name__))
-
-    def _setup(self, pipe: DiffusionPipeline, family: Family) -> None:
+    def __init__(self, pipe: DiffusionPipeline, family: Family | None = None):
+        family = find_family(type(pipe).__name__) if family is None else family
         self.pipe, self.family = pipe, family
         self._source: dict[str, Any] | None = None
         self._offloaded: dict[str, nn.Module | None] = {}
