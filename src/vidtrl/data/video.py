@@ -150,11 +150,9 @@ def read_video(source, *, start: int = 0, num_frames: int | None = None, fps: fl
             f"{opened.name} has {available} frames{rate}; frames {start} to {start + num_frames - 1} were requested"
         )
     indices = np.arange(start, start + num_frames)
-    if fps is not None:
-        times = opened.times()
-        at = times[0] + indices / fps + _SLACK * min(1 / fps, 1 / opened.info.fps)
-        indices = np.searchsorted(times, at, side="right") - 1
-    return opened.frames(indices)
+    if fps is None:
+        return opened.frames(indices)
+    return opened.shown_at(indices / fps + _SLACK * min(1 / fps, 1 / opened.info.fps))
 
 
 def resize_crop(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -221,7 +219,7 @@ def source_name(source) -> str:
 
 
 def _open(source, fps):
-    """Wrap a source as an object with `.name`, `.info`, `.times()` and `.frames(indices)`."""
+    """Wrap a source as an object with `.name`, `.info`, `.frames(indices)` and `.shown_at(seconds)`."""
     name = source_name(source)
     if isinstance(source, dict):
         source = source.get("bytes") if source.get("bytes") is not None else source.get("path")
@@ -254,7 +252,14 @@ def _is_image_bytes(data) -> bool:
     )
 
 
-class _File:
+class _Source:
+    def shown_at(self, seconds) -> torch.Tensor:
+        """The frames on screen so many seconds after the first."""
+        times = self.times()
+        return self.frames(np.searchsorted(times, times[0] + seconds, side="right") - 1)
+
+
+class _File(_Source):
     """A container that FFmpeg reads. It is opened anew for each purpose, so that nothing stays open between rows."""
 
     def __init__(self, source, fps, name):
@@ -343,7 +348,7 @@ class _File:
             raise ValueError(f"{self.name} is damaged: {error.strerror}") from error
 
 
-class _Frames:
+class _Frames(_Source):
     """Frames that are already in memory."""
 
     def __init__(self, frames, fps, name):
@@ -378,7 +383,7 @@ class _Frames:
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-class _Decoder:
+class _Decoder(_Source):
     """A torchcodec `VideoDecoder` that the user handed over."""
 
     def __init__(self, decoder, fps, name):
@@ -389,10 +394,13 @@ class _Decoder:
         self.stated_fps = fps
         self.info = VideoInfo(meta.num_frames, rate, meta.height, meta.width, duration)
 
-    def times(self) -> np.ndarray:
+    def shown_at(self, seconds) -> torch.Tensor:
         if self.stated_fps:
-            return np.arange(self.info.num_frames) / self.stated_fps
-        return self.decoder.get_frames_in_range(0, self.info.num_frames).pts_seconds.numpy()
+            return self.frames(np.floor(seconds * self.stated_fps).astype(int).clip(0, self.info.num_frames - 1))
+        meta = self.decoder.metadata
+        last = np.nextafter(meta.end_stream_seconds, 0)
+        at = (meta.begin_stream_seconds + seconds).clip(max=last)
+        return self.decoder.get_frames_played_at(at.tolist()).data.to(torch.uint8)
 
     def frames(self, indices) -> torch.Tensor:
         return self.decoder.get_frames_at([int(i) for i in indices]).data.to(torch.uint8)
