@@ -18,7 +18,7 @@ class VideoTrainingConfig(TrainingArguments):
 
         model_init_kwargs (`dict` or `str`, *optional*):
             Keyword arguments for `DiffusionPipeline.from_pretrained` when `model` is an id or a path, such as
-            `{"revision": "...", "torch_dtype": "bfloat16"}`. Without `torch_dtype`, a LoRA run with `bf16=True` loads
+            `{"revision": "...", "dtype": "bfloat16"}`. Without `dtype`, a LoRA run with `bf16=True` loads
             the frozen weights in bfloat16 and everything else loads in float32.
         expert (`str`, *optional*):
             For models with two denoisers (Wan 2.2 A14B): which one to train, `"high"` (the noisy half, the default)

@@ -28,7 +28,7 @@ from transformers.trainer_utils import HubStrategy, get_last_checkpoint, rotate_
 from transformers.utils import PushInProgress, logging
 
 from ..hub.model_card import build_model_card
-from ..models import VideoModel
+from ..models import VideoModel, check_model
 from .base_config import VideoTrainingConfig
 from .callbacks import EMACallback, ValidationVideoCallback, VideoProgressCallback, VideoTensorBoardCallback
 from .checkpoint import (
@@ -124,10 +124,10 @@ class VideoTrainer(Trainer):
         check_output_dir(args.output_dir, self.model_identity)
         pipe.to(args.device)
         if args.check_model:
-            from ..models import check_model
-
-            report = check_model(self.video_model, **(args.pipeline_kwargs or {}))
-            report.raise_if_failed()
+            kwargs = dict(args.pipeline_kwargs or {})
+            if args.max_sequence_length is not None:
+                kwargs["max_sequence_length"] = args.max_sequence_length
+            check_model(self.video_model, **kwargs).raise_if_failed()
 
         for module in pipe.components.values():
             if isinstance(module, nn.Module):
@@ -193,14 +193,14 @@ class VideoTrainer(Trainer):
         if quantization_config is not None and "quantization_config" in load_kwargs:
             raise ValueError("quantization_config is given twice: as an argument and in model_init_kwargs")
         quantization_config = load_kwargs.pop("quantization_config", quantization_config)
-        torch_dtype = load_kwargs.pop("torch_dtype", None)
-        if isinstance(torch_dtype, str):
-            torch_dtype = getattr(torch, torch_dtype)
-        if torch_dtype is None:
+        dtype = load_kwargs.pop("dtype", load_kwargs.pop("torch_dtype", None))
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        if dtype is None:
             # trained weights stay in float32 (autocast runs them in bfloat16); frozen ones need no more than bfloat16
-            torch_dtype = torch.bfloat16 if args.bf16 and peft_config is not None else torch.float32
+            dtype = torch.bfloat16 if args.bf16 and peft_config is not None else torch.float32
         return VideoModel.from_pretrained(
-            model, torch_dtype=torch_dtype, quantization_config=quantization_config, **load_kwargs
+            model, torch_dtype=dtype, quantization_config=quantization_config, **load_kwargs
         )
 
     def prepare_datasets(self, train_dataset, eval_dataset) -> tuple[Any, Any]:
@@ -417,7 +417,7 @@ class VideoTrainer(Trainer):
         if isinstance(model, PeftModel):
             load_adapter(model, directory)
         else:
-            saved = type(model).from_pretrained(directory, subfolder=self.denoiser_name, torch_dtype=model.dtype)
+            saved = type(model).from_pretrained(directory, subfolder=self.denoiser_name, dtype=model.dtype)
             model.load_state_dict(saved.state_dict())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

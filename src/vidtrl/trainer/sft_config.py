@@ -127,5 +127,7 @@ class VideoSFTConfig(VideoTrainingConfig):
                 rules["buckets"] = [tuple(int(n) for n in bucket.split("x")) for bucket in self.buckets]
                 assert all(len(bucket) == 3 for bucket in rules["buckets"])
             except (ValueError, AssertionError) as error:
-                raise ValueError(f"buckets are frames x height x width such as 17x64x64, not {self.buckets}") from error
+                raise ValueError(
+                    f"buckets are frames x height x width such as 17x64x64, not {self.buckets}"
+                ) from error
         return rules

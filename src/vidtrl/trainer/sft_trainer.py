@@ -117,7 +117,9 @@ class VideoSFTTrainer(VideoTrainer):
             peft_config=peft_config,
             data_collator=collate,
         )
-        self.strata = [s for s in STRATA if self.sigma_range[0] <= s < self.sigma_range[1]] or [sum(self.sigma_range) / 2]
+        self.strata = [s for s in STRATA if self.sigma_range[0] <= s < self.sigma_range[1]] or [
+            sum(self.sigma_range) / 2
+        ]
         self._bins = torch.zeros(2, NUM_BINS, device=args.device)  # sum of errors and number of samples, by sigma
 
     # ---- Dataset: clips on disk -> latents and conditions ----
@@ -125,7 +127,9 @@ class VideoSFTTrainer(VideoTrainer):
     def prepare_datasets(self, train_dataset, eval_dataset):
         train = DrawDataset(self.prepare_dataset(train_dataset, "train"), self.args.caption_dropout)
         if isinstance(eval_dataset, dict):
-            evaluation = {name: DrawDataset(self.prepare_dataset(d, f"eval_{name}")) for name, d in eval_dataset.items()}
+            evaluation = {
+                name: DrawDataset(self.prepare_dataset(d, f"eval_{name}")) for name, d in eval_dataset.items()
+            }
         else:
             evaluation = None if eval_dataset is None else DrawDataset(self.prepare_dataset(eval_dataset, "eval"))
         if self.args.cache:
