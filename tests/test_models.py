@@ -217,7 +217,7 @@ def test_image_for_a_text_model_is_an_error(wan):
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 300))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_nearest_size_is_valid_and_nearest(frames, height, width):
     for name in ("wan", "mochi", "allegro"):
         model = MODELS.setdefault(name, build(name)[0])
@@ -348,7 +348,7 @@ def test_training_sigma_uses_the_models_shift():
         ltx.training_sigma(u)
     assert (ltx.training_sigma(u, (8, 40, 64, 64)) > ltx.training_sigma(u, (8, 3, 8, 8))).all()
     cog, _ = build("cogvideox")
-    table = flow.vp_to_flow_sigma(cog.pipe.scheduler.alphas_cumprod)
+    table = flow.vp_to_flow_sigma(cog.pipe.scheduler.alphas_cumprod.double()).float()
     assert torch.equal(cog.training_sigma(torch.tensor([0.0, 0.5, 0.999])), table[[0, 500, 999]])
     assert torch.equal(cog.timestep(table[[3, 500, 999]]), torch.tensor([3.0, 500.0, 999.0]))
 

@@ -12,8 +12,11 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     ByT5Tokenizer,
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
     LlamaModel,
     PreTrainedTokenizerFast,
@@ -238,6 +241,22 @@ def skyreels():
     return pipe, WAN_LIKE
 
 
+def skyreels_i2v():
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, projection_dim=32, num_hidden_layers=2, num_attention_heads=4, image_size=32)
+    encoder = CLIPVisionModel(CLIPVisionConfig(**sizes, intermediate_size=37, patch_size=16)).eval()
+    pipe = diffusers.SkyReelsV2ImageToVideoPipeline(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=tiny_umt5(),
+        image_encoder=encoder,
+        image_processor=CLIPImageProcessor(crop_size=32, size=32),
+        vae=tiny_wan_vae(),
+        scheduler=flow_unipc(5.0),
+        transformer=tiny_wan_transformer((36, 16), cls=diffusers.SkyReelsV2Transformer3DModel, image_dim=32),
+    )
+    return pipe, dict(WAN_LIKE, image=tiny_image(16))
+
+
 def _ltx_parts():
     torch.manual_seed(0)
     transformer = diffusers.LTXVideoTransformer3DModel(
@@ -283,12 +302,12 @@ def ltx_i2v():
     return diffusers.LTXImageToVideoPipeline(**parts), dict(call, image=tiny_image(32))
 
 
-def cogvideox():
+def _cogvideox_parts(in_channels=4, **kwargs):
     torch.manual_seed(0)
     transformer = diffusers.CogVideoXTransformer3DModel(
         num_attention_heads=4,
-        attention_head_dim=8,
-        in_channels=4,
+        attention_head_dim=kwargs.pop("attention_head_dim", 8),
+        in_channels=in_channels,
         out_channels=4,
         time_embed_dim=2,
         text_embed_dim=32,
@@ -299,6 +318,7 @@ def cogvideox():
         patch_size=2,
         temporal_compression_ratio=4,
         max_text_seq_length=16,
+        **kwargs,
     )
     vae = diffusers.AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 4,
@@ -309,7 +329,7 @@ def cogvideox():
         norm_num_groups=2,
         temporal_compression_ratio=4,
     ).eval()
-    scheduler = diffusers.CogVideoXDDIMScheduler(  # the released 2B configuration
+    scheduler = dict(  # the released configuration
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -317,16 +337,30 @@ def cogvideox():
         rescale_betas_zero_snr=True,
         snr_shift_scale=3.0,
         timestep_spacing="trailing",
-        clip_sample=False,
     )
-    pipe = diffusers.CogVideoXPipeline(
-        tokenizer=tiny_tokenizer(),
-        text_encoder=tiny_t5(),
-        vae=vae,
-        transformer=alive(transformer),
-        scheduler=scheduler,
+    parts = dict(tokenizer=tiny_tokenizer(), text_encoder=tiny_t5(), vae=vae, transformer=alive(transformer))
+    return parts, scheduler
+
+
+def cogvideox():
+    parts, scheduler = _cogvideox_parts()
+    scheduler = diffusers.CogVideoXDDIMScheduler(**scheduler, clip_sample=False)
+    return diffusers.CogVideoXPipeline(**parts, scheduler=scheduler), WAN_LIKE
+
+
+def cogvideox15():
+    """A temporal patch, rotary embeddings, and the DPM scheduler with its own step signature."""
+    parts, scheduler = _cogvideox_parts(
+        attention_head_dim=16, patch_size_t=2, patch_bias=False, use_rotary_positional_embeddings=True
     )
-    return pipe, WAN_LIKE
+    pipe = diffusers.CogVideoXPipeline(**parts, scheduler=diffusers.CogVideoXDPMScheduler(**scheduler))
+    return pipe, dict(WAN_LIKE, num_frames=13)
+
+
+def cogvideox_i2v():
+    parts, scheduler = _cogvideox_parts(in_channels=8)
+    pipe = diffusers.CogVideoXImageToVideoPipeline(**parts, scheduler=diffusers.CogVideoXDPMScheduler(**scheduler))
+    return pipe, dict(WAN_LIKE, image=tiny_image(16))
 
 
 def hunyuan():
@@ -448,7 +482,7 @@ def mochi():
     return pipe, dict(WAN_LIKE, num_frames=7)
 
 
-def sana():
+def _sana_parts():
     torch.manual_seed(0)
     transformer = diffusers.SanaVideoTransformer3DModel(
         in_channels=16,
@@ -467,16 +501,29 @@ def sana():
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=32,
     )
-    pipe = diffusers.SanaVideoPipeline(
-        tokenizer=tiny_tokenizer(1200),
-        text_encoder=tiny_t5(8),
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
+    )
+    tokenizer, text_encoder = tiny_tokenizer(1200), tiny_t5(8)
+    return dict(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
         vae=tiny_wan_vae(),
         transformer=alive(transformer),
-        scheduler=diffusers.DPMSolverMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
-        ),
-    )
-    return pipe, dict(WAN_LIKE, height=32, width=32)
+        scheduler=scheduler,
+    ), dict(WAN_LIKE, height=32, width=32)
+
+
+def sana():
+    parts, call = _sana_parts()
+    return diffusers.SanaVideoPipeline(**parts), call
+
+
+def sana_i2v():
+    """One timestep per token, zero on the given first frame, as a (B, 1, f, h, w) tensor."""
+    parts, call = _sana_parts()
+    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=8.0)
+    return diffusers.SanaImageToVideoPipeline(**parts), dict(call, image=tiny_image(32))
 
 
 def kandinsky5():
@@ -631,13 +678,17 @@ ALL = {
     "wan22_ti2v_i2v": wan22_ti2v_i2v,
     "wan_i2v": wan_i2v,
     "skyreels": skyreels,
+    "skyreels_i2v": skyreels_i2v,
     "ltx": ltx,
     "ltx_i2v": ltx_i2v,
     "hunyuan": hunyuan,
     "hunyuan15": hunyuan15,
     "cogvideox": cogvideox,
+    "cogvideox15": cogvideox15,
+    "cogvideox_i2v": cogvideox_i2v,
     "mochi": mochi,
     "sana": sana,
+    "sana_i2v": sana_i2v,
     "kandinsky5": kandinsky5,
     "anyflow": anyflow,
     "allegro": allegro,

@@ -73,6 +73,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("wan", ("WanPipeline",), pixel_multiple=16),
     Family("wan-i2v", ("WanImageToVideoPipeline",), pixel_multiple=16, image=True),
     Family("skyreels-v2", ("SkyReelsV2Pipeline",), pixel_multiple=16),
+    Family("skyreels-v2-i2v", ("SkyReelsV2ImageToVideoPipeline",), pixel_multiple=16, image=True),
     Family(
         "ltx",
         ("LTXPipeline",),
@@ -97,6 +98,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("hunyuan-video", ("HunyuanVideoPipeline",), grid="uniform", pixel_multiple=16, guidance="true_cfg_scale"),
     Family("hunyuan-video-1.5", ("HunyuanVideo15Pipeline",), grid="uniform", guidance="guider", vae_batch=1),
     Family("cogvideox", ("CogVideoXPipeline",), layout="BFCHW", prediction="v_prediction"),
+    Family("cogvideox-i2v", ("CogVideoXImageToVideoPipeline",), layout="BFCHW", prediction="v_prediction", image=True),
     Family(
         "mochi",
         ("MochiPipeline",),
@@ -110,6 +112,15 @@ FAMILIES: tuple[Family, ...] = (
         ("SanaVideoPipeline",),
         pixel_multiple=32,
         frames_argument="frames",
+        call={"use_resolution_binning": False},
+        negative_call={"complex_human_instruction": None},
+    ),
+    Family(
+        "sana-video-i2v",
+        ("SanaImageToVideoPipeline",),
+        pixel_multiple=32,
+        frames_argument="frames",
+        image=True,
         call={"use_resolution_binning": False},
         negative_call={"complex_human_instruction": None},
     ),
@@ -147,7 +158,80 @@ FAMILIES: tuple[Family, ...] = (
     Family("motif-video", ("MotifVideoPipeline",), grid="uniform", mu="sequence", guidance="guider"),
 )
 
-UNSUPPORTED: dict[str, str] = {}
+_AUDIO = "its denoiser generates audio together with video; vidtrl trains video latents only."
+_CHUNKS = (
+    "it generates chunk after chunk with history latents and its own loop, so one captured call does not describe it."
+)
+_EDIT = "it edits a source video or image; use the family's text-to-video or image-to-video pipeline for training."
+_EDM = "its EDM preconditioning (c_in, c_skip, sigma_data) is not a flow or VP model in the sense of this table."
+_UNET = "it is a U-Net of the Stable Diffusion generation without a video transformer."
+_NO_ROW = "no row has been verified for it yet; docs/models.md says how to add one."
+_MODULAR = "modular pipelines have no single call to capture; load the classic pipeline of this model."
+
+UNSUPPORTED: dict[str, str] = {
+    **dict.fromkeys(
+        ("LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline", "LTX2InContextPipeline"), _AUDIO
+    ),
+    **dict.fromkeys(("Kandinsky6TI2VAPipeline", "Cosmos3OmniPipeline"), _AUDIO),
+    **dict.fromkeys(
+        ("HeliosPipeline", "HeliosPyramidPipeline", "HunyuanVideoFramepackPipeline", "SanaWMPipeline"), _CHUNKS
+    ),
+    **dict.fromkeys(
+        (
+            "SkyReelsV2DiffusionForcingPipeline",
+            "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+            "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+            "LTXI2VLongMultiPromptPipeline",
+            "AnyFlowFARPipeline",
+            "WanAnimatePipeline",
+        ),
+        _CHUNKS,
+    ),
+    **dict.fromkeys(
+        (
+            "WanVideoToVideoPipeline",
+            "WanVACEPipeline",
+            "CogVideoXVideoToVideoPipeline",
+            "CogVideoXFunControlPipeline",
+            "EasyAnimateControlPipeline",
+            "EasyAnimateInpaintPipeline",
+            "ChronoEditPipeline",
+            "LucyEditPipeline",
+        ),
+        _EDIT,
+    ),
+    **dict.fromkeys(("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline", "Cosmos2VideoToWorldPipeline"), _EDM),
+    **dict.fromkeys(
+        (
+            "AnimateDiffPipeline",
+            "AnimateDiffSDXLPipeline",
+            "I2VGenXLPipeline",
+            "StableVideoDiffusionPipeline",
+            "TextToVideoSDPipeline",
+            "TextToVideoZeroPipeline",
+        ),
+        _UNET,
+    ),
+    **dict.fromkeys(
+        (
+            "ConsisIDPipeline",
+            "Cosmos2_5_PredictBasePipeline",
+            "Cosmos2_5_TransferPipeline",
+            "HunyuanSkyreelsImageToVideoPipeline",
+            "HunyuanVideo15ImageToVideoPipeline",
+            "HunyuanVideoImageToVideoPipeline",
+            "Kandinsky5I2VPipeline",
+            "LattePipeline",
+            "LTXConditionPipeline",
+            "MotifVideoImage2VideoPipeline",
+        ),
+        _NO_ROW,
+    ),
+    **dict.fromkeys(
+        ("WanModularPipeline", "Wan22ModularPipeline", "LTXModularPipeline", "LTX25ModularPipeline"), _MODULAR
+    ),
+    **dict.fromkeys(("HunyuanVideo15ModularPipeline", "HeliosModularPipeline"), _MODULAR),
+}
 
 
 def find_family(pipeline_class: str) -> Family:

@@ -117,7 +117,7 @@ class VideoModel:
                 f"{self.family.name} family predicts {self.family.prediction!r}."
             )
         self._num_train_timesteps = config.num_train_timesteps
-        self._vp_sigmas = None if is_flow else flow.vp_to_flow_sigma(scheduler.alphas_cumprod.float().cpu())
+        self._vp_sigmas = None if is_flow else flow.vp_to_flow_sigma(scheduler.alphas_cumprod.cpu().double()).float()
         probe = copy.deepcopy(scheduler)
         probe.set_timesteps(2, **({"mu": 1.0} if config.get("use_dynamic_shifting") else {}))
         self._integer_timesteps = not probe.timesteps.is_floating_point()
