@@ -2,16 +2,20 @@
 
     python sft_worker.py '{"out": ..., "clips": ..., "cache": ..., "config": {...}, "kill": "training@3"}'
 
+or [`start`] in a process forked from one that has imported everything,
+
 writes `<out>/result.json`: a digest of the trained weights, the losses, and the number of processes.
 """
 
 import json
+import multiprocessing
 import os
 import resource
 import signal
 import sys
 from pathlib import Path
 
+import torch
 from datasets import load_from_disk
 from peft import LoraConfig
 from sft_setup import digest, make_args, trained_weights
@@ -45,12 +49,36 @@ class Trainer(VideoSFTTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
 
 
+def start(job, **environment):
+    """Run a job in a process of its own; returns the process and the file of its output."""
+    context = multiprocessing.get_context("forkserver")
+    here = str(Path(__file__).parent)
+    if here not in os.environ.get("PYTHONPATH", "").split(os.pathsep):  # for the server, which is started once
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    context.set_forkserver_preload(["sft_worker"])
+    log = f"{job['out']}{environment.get('RANK', '')}.log"
+    process = context.Process(target=_child, args=(job, environment, log))
+    process.start()
+    return process, Path(log)
+
+
+def _child(job, environment, log):
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    main(job)
+
+
 def main(job):
+    clips = load_from_disk(job["clips"])
     trainer = Trainer(
         wan()[0],
         make_args(job["out"], job["cache"], **job.get("config", {})),
-        load_from_disk(job["clips"]),
-        peft_config=LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1) if job.get("lora", True) else None,
+        clips,
+        clips.select(range(3)),
+        # dropout draws from the process's own generator, which a checkpoint must restore
+        peft_config=LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0 if job.get("lora") == "no dropout" else 0.1),
     )
     what, _, step = (job.get("kill") or "").partition("@")
     if what == "training":
@@ -65,6 +93,7 @@ def main(job):
         "digest": digest(weights),
         "norm": sum(w.double().square().sum().item() for w in weights.values()),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "eval_loss": trainer.evaluate()["eval_loss"],
         "num_processes": trainer.accelerator.num_processes,
     }
     if trainer.is_world_process_zero():

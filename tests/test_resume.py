@@ -1,20 +1,17 @@
 """Nothing is lost: bit-exact resume, processes killed for good, a full disk, damaged and foreign checkpoints."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from sft_setup import digest, make_trainer, trained_weights
+from sft_worker import start
 from tiny_pipelines import tiny_wan_transformer, wan
 
 
-WORKER = Path(__file__).with_name("sft_worker.py")
 # three micro-batches of two clips an epoch, two of them per step: step 4 lies inside the third epoch
 CONFIG = dict(
     per_device_train_batch_size=1,
@@ -34,18 +31,19 @@ def clips_on_disk(clips, tmp_path_factory):
     return path
 
 
+def run_worker(job):
+    """Returns exit status, result and output of a process."""
+    process, log = start(job)
+    process.join(timeout=300)
+    result = Path(job["out"], "result.json")
+    return process.exitcode, json.loads(result.read_text()) if result.is_file() else None, log.read_text()
+
+
 @pytest.fixture
 def work(clips_on_disk, cache_dir, tmp_path):
     def run(name, **job):
-        """Start a worker; returns its exit status, its result and its standard error."""
-        out = tmp_path / name
-        job = {"out": str(out), "clips": str(clips_on_disk), "cache": str(cache_dir), "config": CONFIG, **job}
-        env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(WORKER.parent))
-        done = subprocess.run(
-            [sys.executable, WORKER, json.dumps(job)], env=env, capture_output=True, text=True, timeout=300
-        )
-        result = json.loads((out / "result.json").read_text()) if (out / "result.json").is_file() else None
-        return done.returncode, result, done.stderr
+        common = {"clips": str(clips_on_disk), "cache": str(cache_dir), "config": CONFIG}
+        return run_worker({"out": str(tmp_path / name), **common, **job})
 
     return run
 
@@ -54,10 +52,11 @@ def work(clips_on_disk, cache_dir, tmp_path):
 def reference(clips_on_disk, cache_dir, tmp_path_factory):
     """The uninterrupted run."""
     out = tmp_path_factory.mktemp("reference") / "run"
-    job = {"out": str(out), "clips": str(clips_on_disk), "cache": str(cache_dir), "config": CONFIG}
-    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(WORKER.parent))
-    subprocess.run([sys.executable, WORKER, json.dumps(job)], env=env, check=True, capture_output=True, timeout=300)
-    return json.loads((out / "result.json").read_text()), out
+    status, result, log = run_worker(
+        {"out": str(out), "clips": str(clips_on_disk), "cache": str(cache_dir), "config": CONFIG}
+    )
+    assert status == 0, log[-3000:]
+    return result, out
 
 
 def checkpoints(out: Path) -> list[str]:
