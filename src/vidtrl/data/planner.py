@@ -76,7 +76,8 @@ class ShapePlan:
     Args:
         height (`int`, *optional*): Pixels of the fixed shape.
         width (`int`, *optional*): Pixels of the fixed shape.
-        num_frames (`int` or list of `int`, *optional*): Frames; a list, or `None` for every valid count, with buckets.
+        num_frames (`int` or list of `int`, *optional*): Frames. With buckets also a list; the default are the valid counts
+            in steps of at most a quarter.
         resolution (`int` or list of `int`, *optional*): Square roots of the areas of the buckets: 480 means 480x480
             pixels, spent on another shape for another aspect ratio.
         aspect_ratios (list of `float`, *optional*): Width over height. Defaults to 9:16, 3:4, 1:1, 4:3 and 16:9.
@@ -201,11 +202,12 @@ class ShapePlan:
             sizes.add(self.nearest_size(side / math.sqrt(ratio), side * math.sqrt(ratio)))
         if self.num_frames is not None:
             counts = [self._check(Bucket(n, *next(iter(sizes)))).num_frames for n in _as_list(self.num_frames)]
-        else:  # every valid count under the budget; one frame is for images only
+        else:  # steps of at most a quarter: with every valid count, most buckets would hold a clip or two
             smallest = min(self.tokens((1, *size)) for size in sizes)
             longest = self.token_budget // smallest * self.temporal_factor + self.frame_offset
-            counts = range(max(self.frame_offset, 0), longest + 1, self.frame_multiple)
-            counts = [n for n in counts if n > 1]
+            steps = sorted({m * 2**e // 4 for m in (4, 5, 6, 7) for e in range(20) if m * 2**e % 4 == 0})
+            counts = [self.frame_offset + k * self.frame_multiple for k in steps]
+            counts = [n for n in counts if 1 < n <= longest]
         every = {Bucket(n, *size) for n in counts for size in sizes}
         buckets = sorted(b for b in every if self.token_budget is None or self.tokens(b) <= self.token_budget)
         if not buckets:
