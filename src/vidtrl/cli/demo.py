@@ -234,13 +234,13 @@ def generate_clips(output: Path, seed: int, base: str, settings: DemoSettings, c
     missing = {name: sum(not (output / "videos" / name / job["file"]).exists() for job in jobs) for name in commands}
     commands = {name: command for name, command in commands.items() if missing[name]}
     if commands:
-        _run_side_by_side(commands, missing, len(jobs), output, console)
+        run_side_by_side(commands, missing, len(jobs), output, console)
     else:
         console.print("      done before")
     return jobs
 
 
-def _run_side_by_side(
+def run_side_by_side(
     commands: dict[str, list[str]], missing: dict[str, int], total: int, output: Path, console
 ) -> None:
     """Run the generating processes at once, with one progress bar each."""
@@ -362,12 +362,13 @@ def results_table(results: dict) -> Table:
 def verdict(results: dict) -> str:
     """The result in one sentence."""
     row, flicker = results["metrics"]["all"], results["metrics"]["flicker"]
+    before, after = (f"{100 * flicker[name]['value']:.1f} %" for name in MODELS)
     moved = "fell" if flicker["difference"]["value"] < 0 else "rose"
     return (
         f"Clips that show the asked colour, shape and direction: {100 * row['base']['value']:.0f} % before, "
         f"{100 * row['sft']['value']:.0f} % after fine-tuning ({100 * row['difference']['value']:+.0f} points; "
         f"95 % interval {100 * row['difference']['low']:+.0f} to {100 * row['difference']['high']:+.0f}). "
-        f"Flicker {moved} from {100 * flicker['base']['value']:.1f} % to {100 * flicker['sft']['value']:.1f} %."
+        + (f"Flicker stayed at {after}." if before == after else f"Flicker {moved} from {before} to {after}.")
     )
 
 
