@@ -50,6 +50,43 @@ def test_every_family_agrees_with_its_stock_pipeline(name):
         assert wanted in checks
 
 
+def linear_shift():
+    return diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="linear")
+
+
+def cogvideox_dpm():
+    pipe, _ = tiny_pipelines.cogvideox()
+    return diffusers.CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
+
+
+OTHER_SCHEDULERS = {
+    "wan, UniPC": ("wan", lambda: tiny_pipelines.flow_unipc(5.0)),
+    "wan, DPM": (
+        "wan",
+        lambda: diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+        ),
+    ),
+    "ltx, static shift": ("ltx", lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)),
+    "motif, linear time shift": ("motif", linear_shift),
+    "cogvideox, DPM": ("cogvideox", cogvideox_dpm),
+    "allegro, Euler ancestral": ("allegro", lambda: diffusers.EulerAncestralDiscreteScheduler()),
+    "allegro, Euler ancestral, fractional timesteps": (
+        "allegro",
+        lambda: diffusers.EulerAncestralDiscreteScheduler(timestep_spacing="linspace", num_train_timesteps=999),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SCHEDULERS)
+def test_other_schedulers_of_a_family(name):
+    pipeline, scheduler = OTHER_SCHEDULERS[name]
+    pipe, call = tiny_pipelines.ALL[pipeline]()
+    pipe.scheduler = scheduler()
+    report = check_model(pipe, **call)
+    assert report.ok, str(report)
+
+
 def test_every_row_has_a_tiny_pipeline():
     built = {type(build()[0]).__name__ for build in tiny_pipelines.ALL.values()}
     assert built == {name for family in FAMILIES for name in family.pipelines}

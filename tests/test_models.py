@@ -183,7 +183,6 @@ def test_state_trims_padding_only():
 
 def test_text_length_default_is_the_pipelines_own():
     model, call = build("wan")
-    del call["max_sequence_length"]
     call = {k: v for k, v in call.items() if k != "max_sequence_length"}
     assert model.condition("a cat", **call).samples[0]["encoder_hidden_states"].shape[1] == 512
 

@@ -415,4 +415,6 @@ def _first_order(scheduler) -> tuple[Any, list[int]]:
         return SimpleNamespace(prev_sample=nxt) if call.get("return_dict", True) else (nxt, None)
 
     scheduler.step = step
+    if scaled:  # theirs counts its own steps
+        scheduler.scale_model_input = lambda x, t: x / float(scheduler.sigmas[steps[0]] ** 2 + 1) ** 0.5
     return scheduler, steps
