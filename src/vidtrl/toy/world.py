@@ -29,8 +29,8 @@ SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}  # image axes: y points down
 QUALITIES = ("clean", "raw")
 
-RAW_FLICKER = 0.3  # brightness of each raw frame is scaled by 1 + U(-0.3, 0.3)
-RAW_JITTER = 0.6  # standard deviation of the raw centre, in pixels
+RAW_FLICKER = (0.05, 0.2)  # raw frames are brighter and darker in turn, by this share (drawn once a clip)
+RAW_JITTER = (0.1, 0.6)  # and their centre trembles by so many pixels, in a direction drawn once a clip
 RAW_WRONG_SHAPE = 0.4  # share of raw captions that name another shape
 RAW_VAGUE = 0.1  # share of raw captions that leave an attribute out
 
@@ -84,9 +84,10 @@ def render(caption: str, quality: str = "clean", seed: int = 0) -> torch.Tensor:
     cx, cy = (along, np.full(frames, across)) if dx else (np.full(frames, across), along)
     brightness = np.ones(frames)
     if quality == "raw":
-        cx = cx + rng.normal(0, RAW_JITTER, frames)
-        cy = cy + rng.normal(0, RAW_JITTER, frames)
-        brightness += rng.uniform(-RAW_FLICKER, RAW_FLICKER, frames)
+        turn = (-1.0) ** np.arange(frames)
+        angle, jitter = rng.uniform(0, 2 * np.pi), rng.uniform(*RAW_JITTER)
+        cx, cy = cx + turn * jitter * np.cos(angle), cy + turn * jitter * np.sin(angle)
+        brightness += turn * rng.choice([-1, 1]) * rng.uniform(*RAW_FLICKER)
 
     yy, xx = np.mgrid[0:size, 0:size] + 0.5
     x, y = xx[None] - cx[:, None, None], yy[None] - cy[:, None, None]
