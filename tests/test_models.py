@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
+import diffusers
 import pytest
 import tiny_pipelines
 import torch
@@ -445,3 +447,10 @@ def test_offload_and_restore_encoders(tmp_path, loaded):
     assert torch.equal(model.encode(video)[0], mean)
     model.pipe.save_pretrained(tmp_path / "again")  # the index still names every component
     assert DiffusionPipeline.from_pretrained(tmp_path / "again").vae is not None
+
+
+def test_docs_list_every_family_and_every_refusal():
+    text = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    for name in [*(f.name for f in FAMILIES), *(p for f in FAMILIES for p in f.pipelines), *UNSUPPORTED]:
+        assert f"`{name}`" in text, name
+    assert all(hasattr(diffusers, name) for name in UNSUPPORTED)

@@ -155,7 +155,7 @@ class VideoModel:
         """
         options = dict(load_kwargs)
         if torch_dtype is not None:
-            options["torch_dtype"] = torch_dtype
+            options["dtype"] = torch_dtype
         if quantization_config is not None:
             options["quantization_config"] = quantization_config
         if isinstance(model, DiffusionPipeline):
@@ -170,8 +170,9 @@ class VideoModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser is."""
-        return next(next(iter(self.denoisers.values())).parameters()).device
+        """Where the denoiser computes (an expert that is not in use may wait on the CPU)."""
+        devices = [next(module.parameters()).device for module in self.denoisers.values()]
+        return next((d for d in devices if d.type != "cpu"), devices[0])
 
     def nearest_frames(self, num_frames: int) -> int:
         """The valid frame count nearest to `num_frames` (the smaller one on a tie)."""
