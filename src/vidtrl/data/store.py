@@ -49,6 +49,7 @@ class Store:
     def __init__(self, directory: Path, rank: int):
         self.directory, self.rank, self.writer = directory, rank, uuid.uuid4().hex[:8]
         self.pending, self.count, self.since = {}, 0, time.monotonic()
+        self.damaged = set()
         self.load()
 
     def load(self) -> None:
@@ -58,7 +59,7 @@ class Store:
         intact = [sizes.get(s) == n for s, n in zip(table["shard"], table["shard_size"], strict=True)]
         table = table.filter(pa.array(intact, pa.bool_()))
         listed, rows = set(table["shard"].unique().to_pylist()), []
-        for name in sorted(sizes.keys() - listed):
+        for name in sorted(sizes.keys() - listed - self.damaged):
             rows += self._header(name, sizes[name])
         self.table = pa.concat_tables([table, pa.Table.from_pylist(rows, schema=_SCHEMA)])
         self.where = dict(zip(self.table["key"].to_pylist(), self.table["shard"].to_pylist(), strict=True))
@@ -69,6 +70,7 @@ class Store:
                 rows = json.loads(file.metadata()["entries"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             logger.warning("the cache shard %s is damaged and will not be used: %s", self.directory / name, error)
+            self.damaged.add(name)
             return []
         return [{**row, "shard": name, "shard_size": size} for row in rows]
 
