@@ -237,6 +237,10 @@ def test_check_model_passes_and_fails_with_its_exit_code(base, tmp_path, capsys)
     sizes += ["--pipeline_kwargs", '{"max_sequence_length": 16}', "--device", "cpu"]
     assert main(["check-model", str(base), *sizes]) == 0
     assert "oracle" in capsys.readouterr().out.lower()
+    damaged = tiny_pipelines.wan()[0]
+    damaged.transformer.proj_out.weight.data.fill_(float("nan"))
+    damaged.save_pretrained(tmp_path / "damaged")
+    assert main(["check-model", str(tmp_path / "damaged"), *sizes]) == 1
     assert main(["check-model", str(tmp_path / "nothing")]) == 2
     assert main(["check-model", str(base), "--pipeline_kwargs", "{"]) == 2
     assert "is not JSON" in capsys.readouterr().err
@@ -335,3 +339,10 @@ def test_ctrl_c_exits_130_with_a_hint(config, tmp_path):
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 130, err[-2000:]
     assert "--resume_from_checkpoint latest goes on from" in err and "Traceback" not in err
+
+
+def test_example_config_parses():
+    example = Path(__file__).parents[1] / "examples" / "sft_lora_wan.yaml"
+    script, training, lora, *_ = parse("--config", example, "--bf16", "false", "--use_cpu")
+    assert script.dataset_train_split == "train[:95%]" and lora.use_peft
+    assert (training.height, training.width, training.num_frames, training.learning_rate) == (480, 832, 81, 1e-4)
