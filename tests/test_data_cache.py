@@ -12,7 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vidtrl.data import VideoDataset, build_cache, load_video_folder, plan_dataset, standardize_columns, write_video
+from vidtrl.data import (
+    CachedDataset,
+    VideoDataset,
+    build_cache,
+    load_video_folder,
+    plan_dataset,
+    standardize_columns,
+    write_video,
+)
 from vidtrl.data import store as store_module
 from vidtrl.toy import world
 
@@ -455,41 +463,31 @@ def test_foreign_files_are_ignored(dataset, tmp_path, caplog):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 def test_ten_thousand_clips_in_bounded_memory(tmp_path):
-    class Rows(list):
-        """10,000 rows, made when they are asked for."""
-
-        def __init__(self):
-            super().__init__(range(10_000))
-
-        def __getitem__(self, i):
-            return {
-                "prompt": f"prompt {i % 500}",
-                "video": np.full((5, 16, 16, 3), i % 251, np.uint8) + noise[i % 977],
-            }
-
-        def __iter__(self):
-            return (self[i] for i in range(len(self)))
-
-    def encode(videos):
-        mean = videos[0][:1].transpose(0, 1)[None].repeat_interleave(2, -1).repeat_interleave(2, -2)
-        return mean, mean * 0
-
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
-    noise = np.random.default_rng(0).integers(0, 4, (977, 5, 16, 16, 3), dtype=np.uint8)
-    rows = Rows()
-    plan = plan_dataset(rows, height=16, width=16, num_frames=5)
-    condition = Encoders().condition
-    cached = build_cache(rows, plan, encode, condition, cache_dir=tmp_path, fingerprint=FINGERPRINT)
-    assert len(cached) == 10_000
+    writer = store_module.Store(tmp_path, 0)
+    tensors, text = {"mean": torch.zeros(3, 1, 32, 32).half()}, {"text": torch.zeros(7, 8)}
+    tensors["std"] = tensors["mean"] + 1
+    keys = [store_module.sha256_json(i) for i in range(10_500)]
+    for i, key in enumerate(keys[:10_000]):
+        tensors["mean"][0, 0, 0, 0] = i % 2048  # exact in float16
+        info = {"sample_id": f"clip-{i}", "start": 0, "prompt": "p", "num_frames": 1, "height": 256, "width": 256}
+        writer.add("latents", key, tensors, {}, info)
+    for key in keys[10_000:]:
+        writer.add("conditions", key, text, {}, {"sample_id": "", "prompt": "p"})
+    writer.flush()
+    items = [(f"clip-{i}", "p", 0, (keys[i], keys[10_000 + i % 500], None)) for i in range(10_000)]
+    cached = CachedDataset(str(tmp_path), [(1, 256, 256)], items, writer.shard, text_only=False)
+    del items, keys, writer
     size = sum(p.stat().st_size for p in tmp_path.rglob("*.safetensors")) / 2**20
-    order = random.Random(0).sample(range(10_000), 10_000)
+    order = random.Random(0).sample(range(10_000), 2500)  # touches every shard, many times
     for i in order[:500]:
         cached[i]
     before = resident()
     for i in order[500:]:
-        cached[i]
+        item = cached[i]
+        assert item["mean"][0, 0, 0, 0] == i % 2048 and item["sample_id"] == f"clip-{i}"
     growth = resident() - before
     kept = [cached[i] for i in order[:1500]]  # the control: holding a few shows
     held = resident() - before - growth

@@ -49,7 +49,7 @@ class Store:
     def __init__(self, directory: Path, rank: int):
         self.directory, self.rank, self.writer = directory, rank, uuid.uuid4().hex[:8]
         self.pending, self.count, self.since = {}, 0, time.monotonic()
-        self.damaged = set()
+        self.bytes, self.damaged = 0, set()
         self.load()
 
     def load(self) -> None:
@@ -85,10 +85,11 @@ class Store:
     def add(self, kind: str, key: str, tensors: dict, meta: dict, info: dict) -> None:
         """Keep an entry for the next shard of its kind; write it when the shard is large or old enough."""
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        self.pending.setdefault(kind, {})[key] = (tensors, json.dumps(meta), {"key": key, "kind": kind, **info})
-        entries = self.pending[kind].values()
-        size = sum(t.numel() * t.element_size() for tensors, *_ in entries for t in tensors.values())
-        if size >= SHARD_BYTES or len(entries) >= SHARD_ENTRIES or time.monotonic() - self.since >= SHARD_SECONDS:
+        entries = self.pending.setdefault(kind, {})
+        entries[key] = (tensors, json.dumps(meta), {"key": key, "kind": kind, **info})
+        self.bytes += sum(t.numel() * t.element_size() for t in tensors.values())
+        late = time.monotonic() - self.since >= SHARD_SECONDS
+        if self.bytes >= SHARD_BYTES or len(entries) >= SHARD_ENTRIES or late:
             self.flush()
 
     def flush(self) -> None:
@@ -102,7 +103,7 @@ class Store:
             write_atomic(self.directory / name, lambda path, t=tensors, m=metadata: save_file(t, path, m))
             self.where.update(dict.fromkeys(entries, name))
             self.count += 1
-        self.since = time.monotonic()
+        self.since, self.bytes = time.monotonic(), 0
 
     def write_index(self) -> None:
         """Write the index of everything on disk."""
