@@ -394,9 +394,8 @@ class Plan:
         lines = [f"plan: {len(self.rows)} clips: " + ", ".join(f"{n} {a}" for a, n in counts.items())]
         for number, clips in sorted(used.items()):
             bucket = self.buckets[number]
-            lines.append(
-                f"  bucket {number}: {bucket} (frames x height x width), {self.spec.tokens(bucket)} tokens, {clips} clips"
-            )
+            tokens, noun = self.spec.tokens(bucket), "clip" if clips == 1 else "clips"
+            lines.append(f"  bucket {number}: {bucket} (frames x height x width), {tokens} tokens, {clips} {noun}")
         order = {"dropped": 0, "retimed": 1, "cropped": 2, "kept": 3}
         rows = sorted(self.rows, key=lambda row: order[row.action])
         if rows:
