@@ -184,6 +184,13 @@ def test_bfloat16(name, tmp_path):
     assert not check_model(wrong, **call).ok  # the wider limit still tells right from wrong
 
 
+def test_under_autocast():
+    pipe, call = tiny_pipelines.wan()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        report = check_model(pipe, **call)
+    assert report.ok and report.rows[0].limit == 0.1, str(report)
+
+
 def test_invalid_sizes_and_arguments_are_errors():
     pipe, call = tiny_pipelines.wan()
     with pytest.raises(ValueError, match="nearest is 9"):

@@ -1,5 +1,6 @@
 """VideoModel, Condition and sampling on tiny pipelines."""
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,9 @@ NAMES = list(tiny_pipelines.ALL)
 def build(name="wan"):
     pipe, call = tiny_pipelines.ALL[name]()
     return VideoModel(pipe), call
+
+
+build_once = functools.cache(build)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +225,7 @@ def test_image_for_a_text_model_is_an_error(wan):
 @settings(max_examples=20, deadline=None)
 def test_nearest_size_is_valid_and_nearest(frames, height, width):
     for name in ("wan", "mochi", "allegro"):
-        model = MODELS.setdefault(name, build(name)[0])
+        model, _ = build_once(name)
         n, (h, w) = model.nearest_frames(frames), model.nearest_size(height, width)
         model.latent_shape(n, h, w)  # valid
         valid = [v for v in range(1, 400) if (v - model.frame_offset) % model.frame_multiple == 0 and v >= 1]
@@ -234,9 +238,6 @@ def test_nearest_size_is_valid_and_nearest(frames, height, width):
         if w != width:
             with pytest.raises(ValueError, match=f"the nearest is {h}x{w}"):
                 model.latent_shape(n, h, width)
-
-
-MODELS = {}
 
 
 def test_unknown_pipeline_arguments(wan):

@@ -137,6 +137,7 @@ class _Check:
             frame = self.video[0, 0].permute(1, 2, 0).mul(255).round().byte().numpy()
             self.image = self.kwargs.pop("image", None) or Image.fromarray(frame)
         half = {m.dtype for m in model.denoisers.values()} | {model.pipe.vae.dtype} != {torch.float32}
+        half = half or torch.is_autocast_enabled(model.device.type)
         self.limit = 0.1 if half else 1e-4
         self.size = dict(height=self.height, width=self.width, num_frames=self.num_frames)
 
@@ -246,7 +247,7 @@ class _Check:
                     velocity.append((x - x0) / sigma_max)
                 answer = row.sign * velocity[0]
             else:
-                sigma = model.sigma_of_timestep(call["timestep"].flatten()[:1].float())
+                sigma = model.schedule.sigma_of_timestep(call["timestep"].flatten()[:1].float())
                 v = (x * model.noise_scale(sigma) - x0) / sigma
                 answer = row.sign * flow.velocity_to_vp_output(v, x, sigma, row.prediction)
             answer = model.pack(answer).to(call["hidden_states"].dtype)

@@ -1,7 +1,6 @@
 """A diffusers video pipeline as a trainable model: condition, encode, decode, velocity, sigmas."""
 
 import contextlib
-import copy
 import difflib
 import inspect
 import math
@@ -9,7 +8,6 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import ClassifierFreeGuidance, DiffusionPipeline
 from torch import Tensor, nn
@@ -19,6 +17,7 @@ from . import layout
 from .capture import Condition, capture, map_tensors, patched
 from .families import Family, find_family
 from .loading import load_pipeline
+from .schedule import NoiseSchedule
 
 
 class VideoModel:
@@ -81,7 +80,7 @@ class VideoModel:
         self.pixel_multiple = math.lcm(self.spatial_factor * spatial_patch, family.pixel_multiple)
         self.per_sample_sigma = family.per_sample_sigma
         self._setup_vae(pipe.vae)
-        self._setup_scheduler(pipe.scheduler)
+        self.schedule = NoiseSchedule(pipe.scheduler, family, self._patch)
 
     def _setup_vae(self, vae: nn.Module) -> None:
         # LTX keeps the statistics in buffers, the others in the config
@@ -101,26 +100,6 @@ class VideoModel:
         )
         if self.family.vae_tiling:
             vae.enable_tiling()
-
-    def _setup_scheduler(self, scheduler) -> None:
-        config, name = scheduler.config, type(scheduler).__name__
-        is_flow = "FlowMatch" in name or "FlowMap" in name or bool(config.get("use_flow_sigmas"))
-        if is_flow != (self.family.prediction == "flow"):
-            kind = "a flow-matching" if self.family.prediction == "flow" else f"a {self.family.prediction} (VP)"
-            raise ValueError(
-                f"{type(self.pipe).__name__} is {kind} family, but its scheduler is {name} "
-                f"({'flow' if is_flow else config.get('prediction_type')}). Load the scheduler that belongs to the checkpoint."
-            )
-        if not is_flow and config.get("prediction_type") != self.family.prediction:
-            raise ValueError(
-                f"This checkpoint's scheduler says prediction_type={config.get('prediction_type')!r}, but the "
-                f"{self.family.name} family predicts {self.family.prediction!r}."
-            )
-        self._num_train_timesteps = config.num_train_timesteps
-        self._vp_sigmas = None if is_flow else flow.vp_to_flow_sigma(scheduler.alphas_cumprod.cpu().double()).float()
-        probe = copy.deepcopy(scheduler)
-        probe.set_timesteps(2, **({"mu": 1.0} if config.get("use_dynamic_shifting") else {}))
-        self._integer_timesteps = not probe.timesteps.is_floating_point()
 
     def _check_guider(self) -> None:
         if self.family.guidance != "guider":
@@ -415,22 +394,11 @@ class VideoModel:
         if self.boundary is None:
             return next(iter(self.denoisers))
         t = float(self.timestep(torch.tensor(float(sigma))))
-        return "transformer" if t >= self.boundary * self._num_train_timesteps else "transformer_2"
+        return "transformer" if t >= self.boundary * self.schedule.num_train_timesteps else "transformer_2"
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """The family's timestep at `sigma` (any shape), float32; whole numbers where the scheduler's are integers."""
-        if self._vp_sigmas is not None:
-            t = _interpolate(sigma, self._vp_sigmas.to(sigma.device))
-            return t.round() if self._integer_timesteps else t
-        t = (sigma if self.family.timestep == "noise" else 1 - sigma) * self._num_train_timesteps
-        # flow schedulers with integer timesteps truncate; 2**-14 absorbs the float32 rounding of 1000 * sigma
-        return (t + 2**-14).floor() if self._integer_timesteps else t
-
-    def sigma_of_timestep(self, timestep: Tensor) -> Tensor:
-        """Inverse of `timestep` for VP models: the flow sigma of (fractional) table entries."""
-        table, t = self._vp_sigmas.to(timestep.device), timestep.float()
-        low = table[t.floor().long()]
-        return low + (table[t.ceil().long()] - low) * (t - t.floor())
+        """The timestep that the denoiser is given at `sigma` (any shape), float32."""
+        return self.schedule.timestep(sigma)
 
     def velocity(
         self,
@@ -482,15 +450,16 @@ class VideoModel:
         return torch.cat([v for _, v in parts])[order]
 
     def _expert_of_batch(self, sigma: float | Tensor) -> str:
-        if not isinstance(sigma, Tensor) or sigma.numel() == 1:
-            return self.expert(float(sigma))
-        if not self.per_sample_sigma and bool((sigma != sigma[0]).any()):
+        mixed = isinstance(sigma, Tensor) and sigma.numel() > 1
+        if mixed and not self.per_sample_sigma and bool((sigma != sigma[0]).any()):
             raise ValueError(
                 f"The {self.family.name} family takes one sigma per batch (its denoiser is wrong for mixed noise levels); "
                 "pass a single sigma."
             )
-        if self.boundary is None:
+        if self.boundary is None:  # no need to wait for the value on the device
             return next(iter(self.denoisers))
+        if not mixed:
+            return self.expert(float(sigma))
         names = {self.expert(s) for s in sigma.tolist()}
         if len(names) > 1:
             raise ValueError(
@@ -514,7 +483,7 @@ class VideoModel:
             x_in = torch.lerp(x, given, fixed)
         else:
             x_in = x
-        if self._vp_sigmas is not None:
+        if self.schedule.is_vp:
             x_in = x_in / self.noise_scale(sigma).reshape(-1, 1, 1, 1, 1)
         hidden = self.pack(x_in).to(dtype)
         dim = layout.CHANNEL_DIM[row.layout]
@@ -539,7 +508,7 @@ class VideoModel:
         output = output if isinstance(output, Tensor) else output[0]  # Kandinsky 5 returns no tuple
         # learned-variance heads append channels that no sampler uses
         output = self.unpack(output.narrow(dim, 0, channels).float(), condition.latent_shape)
-        if self._vp_sigmas is not None:
+        if self.schedule.is_vp:
             velocity = flow.vp_output_to_velocity(output, x_in, sigma, row.prediction) * row.sign
         else:
             velocity = output * row.sign
@@ -547,45 +516,9 @@ class VideoModel:
             velocity = torch.lerp(velocity, (x - given) / sigma.reshape(-1, 1, 1, 1, 1), fixed)
         return velocity
 
-    def noise_scale(self, sigma: float | Tensor) -> float | Tensor:
-        """x_flow / x_native: what multiplies unit noise to start at `sigma` as the pipeline does (1 for flow models)."""
-        if self._vp_sigmas is None:
-            return 1.0
-        return ((1 - sigma) ** 2 + sigma**2) ** 0.5
-
     def sigmas(self, num_inference_steps: int, latent_shape: tuple[int, int, int, int]) -> Tensor:
         """The stock scheduler's own grid for this size: (N + 1,) float32, descending, ends with 0."""
-        row, scheduler = self.family, copy.deepcopy(self.pipe.scheduler)
-        kwargs: dict[str, Any] = {}
-        if row.grid == "uniform":
-            kwargs["sigmas"] = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        elif row.grid == "linear_quadratic":
-            kwargs["sigmas"] = flow.linear_quadratic_sigmas(num_inference_steps).numpy()
-        else:
-            kwargs["num_inference_steps"] = num_inference_steps
-        if row.mu is not None and "mu" in inspect.signature(scheduler.set_timesteps).parameters:
-            kwargs["mu"] = self._mu(latent_shape)
-        scheduler.set_timesteps(**kwargs)
-        if self._vp_sigmas is not None:
-            grid = self.sigma_of_timestep(scheduler.timesteps.cpu())
-        else:
-            grid = scheduler.sigmas[:-1].float().cpu()
-            grid = grid if row.timestep == "noise" else 1 - grid
-        return torch.cat([grid, torch.zeros(1)])
-
-    def _mu(self, latent_shape: tuple[int, int, int, int]) -> float:
-        if self.family.mu != "sequence":
-            return float(self.family.mu)
-        _, f, h, w = latent_shape
-        pt, p = self._patch
-        config = self.pipe.scheduler.config
-        return flow.sequence_mu(
-            (f // pt) * (h // p) * (w // p),
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
+        return self.schedule.sigmas(num_inference_steps, latent_shape)
 
     def training_sigma(
         self, u: Tensor, latent_shape: tuple[int, int, int, int] | None = None, shift: float | str = "auto"
@@ -598,29 +531,15 @@ class VideoModel:
             shift: "auto" for the model's own shift, or a number. VP models map u (shifted, if a number is given) to the
                 nearest timestep of their training table.
         """
-        u = u.float()
-        if shift != "auto":
-            u = flow.shift_sigma(u, float(shift))
-        if self._vp_sigmas is not None:
-            table = self._vp_sigmas.to(u.device)
-            return table[(u * len(table)).long().clamp(0, len(table) - 1)]
-        return flow.shift_sigma(u, self._native_shift(latent_shape)) if shift == "auto" else u
-
-    def _native_shift(self, latent_shape: tuple[int, int, int, int] | None) -> float:
-        config = self.pipe.scheduler.config
-        if not config.get("use_dynamic_shifting"):
-            # an UniPC or DPM config has flow_shift, a FlowMatch one has shift
-            return float(config.get("flow_shift") or config.get("shift") or 1.0)
-        if self.family.mu == "sequence" and latent_shape is None:
-            raise ValueError("This model's shift depends on the clip's size; pass latent_shape.")
-        mu = self._mu(latent_shape) if self.family.mu is not None else 0.0
-        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+        return self.schedule.training_sigma(u, latent_shape, shift)
 
     def native_weight(self, sigma: Tensor) -> Tensor:
         """w (B,) with w * MSE(velocity) == the loss in the model's own prediction (1 for flow models)."""
-        if self._vp_sigmas is None:
-            return torch.ones_like(sigma, dtype=torch.float32)
-        return flow.vp_native_weight(sigma, self.family.prediction)
+        return self.schedule.native_weight(sigma)
+
+    def noise_scale(self, sigma: float | Tensor) -> float | Tensor:
+        """x_flow / x_native: what multiplies unit noise to start at `sigma` as the pipeline does (1 for flow models)."""
+        return self.schedule.noise_scale(sigma)
 
     def offload_encoders(self) -> None:
         """Drop text and image encoders and the VAE from device memory, once everything is cached.
@@ -648,10 +567,3 @@ class VideoModel:
         if self.family.vae_tiling:
             self.pipe.vae.enable_tiling()
         self._offloaded = {}
-
-
-def _interpolate(sigma: Tensor, table: Tensor) -> Tensor:
-    """Index (fractional) at which the ascending `table` takes the value `sigma`."""
-    upper = torch.searchsorted(table, sigma.contiguous()).clamp(1, len(table) - 1)
-    low, high = table[upper - 1], table[upper]
-    return (upper - 1 + (sigma - low) / (high - low)).clamp(0, len(table) - 1)

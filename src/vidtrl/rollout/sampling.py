@@ -57,6 +57,8 @@ def sample(
         latents = draw_noise(batch, shape, generator).to(model.device)
     elif latents.shape != (batch, *shape):
         raise ValueError(f"latents must have shape {(batch, *shape)} for this condition, got {tuple(latents.shape)}.")
+    condition = condition.to(model.device)
+    negative_condition = negative_condition.to(model.device) if negative_condition is not None else None
     sigmas = model.sigmas(num_inference_steps, shape).tolist()
     x = latents.float() * model.noise_scale(sigmas[0])
     for i in range(num_inference_steps):
