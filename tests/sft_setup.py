@@ -1,5 +1,6 @@
 """What the trainer tests share: six tiny clips, a tiny pipeline, and a trainer over them."""
 
+import gc
 import hashlib
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ from vidtrl import VideoSFTConfig, VideoSFTTrainer  # noqa: E402
 from vidtrl.data.video import write_video  # noqa: E402
 from vidtrl.toy.world import captions, render  # noqa: E402
 
+
+# accelerate collects garbage at the start of each training; what the imports left alive is no garbage (1 s a training)
+gc.freeze()
 
 SIZE = dict(height=16, width=16, num_frames=9, max_sequence_length=16)
 

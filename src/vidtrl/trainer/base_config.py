@@ -170,6 +170,16 @@ class VideoTrainingConfig(TrainingArguments):
     validation_seed: int = field(default=0, metadata={"help": "Seed of the first validation video."})
 
     def __post_init__(self):
+        for name in ("model_init_kwargs", "pipeline_kwargs"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    value = json.loads(value)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f'{name} is not JSON such as {{"key": 1}}: {value!r} ({error})') from error
+                setattr(self, name, value)
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f'{name} must be a dict, or JSON such as {{"key": 1}}, not {value!r}')
         if self.bf16 is None:
             self.bf16 = not self.use_cpu and not self.fp16 and is_torch_bf16_gpu_available()
         # transformers 5.2x renames the first to the second and warns when only the first is set
@@ -198,7 +208,3 @@ class VideoTrainingConfig(TrainingArguments):
                 f"report_to={unsupported} cannot log a diffusers model; use trackio, wandb or tensorboard, "
                 "or pass your own callback"
             )
-        for name in ("model_init_kwargs", "pipeline_kwargs"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                raise ValueError(f"{name} must be a JSON object such as {json.dumps({'key': 1})}, not {value!r}")

@@ -92,7 +92,7 @@ def add_lora(denoiser: nn.Module, config: LoraConfig) -> PeftModel:
         ]
         if missing:
             linear = {
-                re.sub(r"\d+", "N", name) for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)
+                re.sub(r"\.\d+\.", ".N.", name) for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)
             }
             raise ValueError(
                 f"LoRA target {', '.join(map(repr, missing))} matches no layer of {type(denoiser).__name__}. "

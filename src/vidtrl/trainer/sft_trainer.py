@@ -13,6 +13,7 @@ this their native loss. Left out: second-moment reparametrisations, stochastic i
 
 import json
 import os
+from collections import Counter
 
 import torch
 from accelerate import PartialState
@@ -308,7 +309,11 @@ class VideoSFTTrainer(VideoTrainer):
         surplus = [[(i, -1) for i, _ in batches[0]]] * (-len(batches) % args.world_size)
         mine = (batches + surplus)[args.process_index :: args.world_size]
         return DataLoader(
-            dataset, batch_sampler=mine, collate_fn=self.data_collator, num_workers=args.dataloader_num_workers
+            dataset,
+            batch_sampler=mine,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            generator=torch.Generator(),  # else each evaluation would advance the generator of training
         )
 
     @torch.no_grad()
@@ -363,12 +368,13 @@ class VideoSFTTrainer(VideoTrainer):
         args = self.args
         if None not in (args.height, args.width, args.num_frames):
             return args.height, args.width, args.num_frames
-        plan = self.train_dataset.dataset.plan
-        bucket = plan.buckets[max(set(self.train_dataset.buckets), key=self.train_dataset.buckets.count)]
-        return bucket.height, bucket.width, bucket.num_frames
+        dataset = self.train_dataset.dataset
+        shapes = dataset.shapes if isinstance(dataset, CachedDataset) else dataset.plan.buckets
+        num_frames, height, width = shapes[Counter(dataset.buckets).most_common(1)[0][0]]
+        return height, width, num_frames
 
     def validation_fps(self) -> float:
-        return self.args.fps or self.train_dataset.dataset.plan.samples[0].fps or 16
+        return self.args.fps or (self._clips and self._clips[1].samples[0].fps) or 16
 
     def validation_image(self, index: int) -> Image.Image | None:
         if not self.video_model.family.image:
