@@ -1,5 +1,6 @@
 """The `vidtrl` command: options and config files, error messages and exit codes, launching, and a training run."""
 
+import errno
 import json
 import os
 import signal
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import tiny_pipelines
+import torch
 import yaml
+from huggingface_hub.errors import LocalTokenNotFoundError
 
 from vidtrl.cli.errors import Interrupted, UserError, guarded
 from vidtrl.cli.launch import launch_command, shipped_configs, split_launch_options
@@ -200,6 +203,15 @@ def test_users_errors_are_one_line_and_bugs_keep_their_traceback(capsys):
     assert "Traceback" in capsys.readouterr().err
     assert guarded(lambda argv: raise_here(Interrupted("go on so")), []) == 130
     assert capsys.readouterr().err == "\ninterrupted: go on so\n"
+    for error, message in (
+        (OSError(errno.ENOSPC, "No space left on device", "/data/x"), "the disk is full (/data/x)"),
+        (torch.OutOfMemoryError("tried to allocate"), "--load_in_4bit"),
+        (LocalTokenNotFoundError("no token"), "no token"),
+    ):
+        assert guarded(lambda argv, error=error: raise_here(error), []) == 2
+        out = capsys.readouterr().err
+        assert message in out and out.count("\n") == 1
+    assert guarded(lambda argv: raise_here(OSError(errno.EIO, "bad disk")), []) == 1
     assert guarded(lambda argv: None, []) == 0 and guarded(lambda argv: 1, []) == 1
 
 

@@ -181,6 +181,7 @@ def fine_tune(output: Path, seed: int, base: str, settings: DemoSettings, consol
         eval_strategy="steps",
         eval_on_start=True,
         dataloader_pin_memory=False,
+        use_cpu=True,  # the figures in the docs are the CPU's, and the toy is too small for a GPU to help
         save_total_limit=2,
         report_to="none",
         **settings.sft,

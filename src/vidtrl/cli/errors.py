@@ -1,6 +1,7 @@
 """One line for a user's mistake, the traceback for a bug."""
 
 import argparse
+import errno
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -50,18 +51,33 @@ def guarded(run: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> 
         print(f"\ninterrupted{': ' + str(stop) if str(stop) else ''}", file=sys.stderr)
         return 130
     except Exception as error:
-        if debug or not _is_users(error):
+        message = explain(error)
+        if message is None or debug:
             traceback.print_exc()
-            return 2 if _is_users(error) else 1
-        print(f"vidtrl: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        else:
+            print(f"vidtrl: error: {' '.join(message.split())}", file=sys.stderr)
+        return 1 if message is None else 2
 
 
-def _is_users(error: Exception) -> bool:
-    """A ValueError of ours speaks to the user; one from deep inside torch is a bug that needs its traceback."""
+def explain(error: Exception) -> str | None:
+    """What to tell the user about an error that is theirs to mend; `None` for a bug, which needs its traceback."""
+    library = type(error).__module__.partition(".")[0]
     if isinstance(error, UserError):
-        return True
-    if not isinstance(error, USER_ERRORS) or error.__traceback__ is None:
-        return False
-    innermost = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(innermost).resolve().is_relative_to(PACKAGE)
+        return str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return (
+            f"the disk is full{f' ({error.filename})' if error.filename else ''}; checkpoints written before are whole"
+        )
+    if library == "torch" and type(error).__name__ == "OutOfMemoryError":
+        return (
+            "the device is out of memory. Lower --per_device_train_batch_size, --num_frames, --height or --width, or use "
+            f"--gradient_checkpointing, --use_peft or --load_in_4bit. {error}"
+        )
+    if library == "huggingface_hub":  # no such repository, no permission, no token, no network
+        return str(error)
+    if isinstance(error, USER_ERRORS) and error.__traceback__ is not None:
+        # a ValueError of ours speaks to the user; one from deep inside torch is a bug
+        innermost = traceback.extract_tb(error.__traceback__)[-1].filename
+        if Path(innermost).resolve().is_relative_to(PACKAGE):
+            return str(error)
+    return None

@@ -20,7 +20,7 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     Returns:
         `list[float]`: Ascending; the first is <= `low`, the last >= `high`.
     """
-    if high <= low:
+    if high - low <= max(1e-12, 1e-9 * max(abs(low), abs(high))):  # flat, up to rounding
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
     rough = (high - low) / count

@@ -38,12 +38,12 @@ class Metric:
     def show(self, value: float) -> str:
         """A value in the metric's unit."""
         digits = self.digits if self.digits is not None else 0 if self.percent else 3
-        text = f"{100 * value:.{digits}f} %" if self.percent else f"{value:.{digits}f}"
+        text = f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%" if self.percent else f"{value:.{digits}f}"
         return text.replace("-", "\N{MINUS SIGN}")
 
     def show_difference(self, value: float) -> str:
         """A signed difference; one of two percentages is in points."""
-        return ("+" if value > 0 else "") + self.show(value).removesuffix(" %")
+        return ("+" if value > 0 else "") + self.show(value).removesuffix("\N{NO-BREAK SPACE}%")
 
     @property
     def verdict(self) -> str:
