@@ -149,6 +149,37 @@ def test_report_reads_well_and_sizes_are_chosen():
     report.raise_if_failed()
 
 
+def test_default_sizes_of_special_checkpoints():
+    parts, scheduler = tiny_pipelines._cogvideox_parts(
+        attention_head_dim=16, use_rotary_positional_embeddings=True, use_learned_positional_embeddings=True
+    )
+    pipe = diffusers.CogVideoXPipeline(**parts, scheduler=diffusers.CogVideoXDDIMScheduler(**scheduler))
+    report = check_model(pipe, max_sequence_length=16)
+    assert report.ok and "9 frames, 16x16" in report.title
+    pipe, _ = tiny_pipelines.kandinsky5()
+    assert VideoModel(pipe).pixel_multiple == 16
+    pipe.transformer.register_to_config(attention_type="nabla")  # blocks of 8 x 8 tokens
+    assert VideoModel(pipe).pixel_multiple == 128
+
+
+def test_timestep_conditioned_decoder():
+    """LTX 0.9.1 and later: vae.decode takes a timestep."""
+    pipe, call = tiny_pipelines.ltx()
+    config = {**pipe.vae.config, "timestep_conditioning": True}
+    pipe.register_modules(vae=diffusers.AutoencoderKLLTXVideo.from_config(config).eval())
+    report = check_model(pipe, **call)
+    assert report.ok, str(report)
+
+
+def test_two_experts_with_an_image():
+    pipe, call = tiny_pipelines.wan_i2v()
+    parts = {k: v for k, v in pipe.components.items() if k != "transformer_2"}
+    low = tiny_pipelines.tiny_wan_transformer((36, 16), seed=1)
+    pipe = diffusers.WanImageToVideoPipeline(**parts, transformer_2=low, boundary_ratio=0.9)
+    report = check_model(pipe, **call)
+    assert report.ok and "gradient, transformer_2" in [row.check for row in report.rows], str(report)
+
+
 def test_model_is_left_as_it_was():
     pipe, call = tiny_pipelines.wan()
     pipe.transformer.train()

@@ -372,6 +372,14 @@ def test_stateful_guiders_are_refused():
             VideoModel(pipe)
 
 
+def test_missing_components_are_refused():
+    for name in ("vae", "transformer"):
+        pipe, _ = tiny_pipelines.wan()
+        pipe.register_modules(**{name: None})
+        with pytest.raises(ValueError, match="load the pipeline with its"):
+            VideoModel(pipe)
+
+
 def test_foreign_scheduler_is_refused():
     pipe, _ = tiny_pipelines.wan()
     pipe.scheduler = DDIMScheduler()

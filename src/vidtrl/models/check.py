@@ -124,10 +124,14 @@ def check_model(
 class _Check:
     def __init__(self, model, prompt, height, width, num_frames, pipeline_kwargs):
         self.model, self.prompt, self.kwargs = model, prompt, pipeline_kwargs
-        m = model.pixel_multiple
+        m, config = model.pixel_multiple, next(iter(model.denoisers.values())).config
         short = max(2, -(-64 // m)) * m
-        self.height, self.width = height or short, width or short + m
-        self.num_frames = num_frames or model.frame_offset + 2 * model.frame_multiple
+        default = short, short + m, model.frame_offset + 2 * model.frame_multiple
+        if config.get("use_learned_positional_embeddings"):  # CogVideoX-5B-I2V knows a single size
+            factor = model.spatial_factor
+            default = config.sample_height * factor, config.sample_width * factor, config.sample_frames
+        self.height, self.width = height or default[0], width or default[1]
+        self.num_frames = num_frames or default[2]
         self.shape = model.latent_shape(self.num_frames, self.height, self.width)
         generator = torch.Generator().manual_seed(0)
         video = torch.rand(1, self.num_frames, 3, self.height, self.width, generator=generator)

@@ -29,6 +29,7 @@ class Family:
         factors: pipeline attributes with the VAE's temporal and spatial compression.
         frame_offset: valid frame counts are frame_offset + k * temporal factor.
         pixel_multiple: height and width must divide by this, besides VAE factor times patch.
+        sparse_block: side, in tokens, of a block of its sparse attention ("nabla"); sizes must be whole blocks then.
         frames_argument: the pipeline's name for the number of frames.
         fps_argument: the pipeline's name for the frame rate; "" when the model knows no frame rate.
         image: whether the pipeline needs an `image`.
@@ -56,6 +57,7 @@ class Family:
     factors: tuple[str, str] = ("vae_scale_factor_temporal", "vae_scale_factor_spatial")
     frame_offset: int = 1
     pixel_multiple: int = 1
+    sparse_block: int = 1
     frames_argument: str = "num_frames"
     fps_argument: str = ""
     image: bool = False
@@ -129,6 +131,7 @@ FAMILIES: tuple[Family, ...] = (
         ("Kandinsky5T2VPipeline",),
         layout="BFHWC",
         pixel_multiple=16,
+        sparse_block=8,
         unbatched=("text_rope_pos",),
     ),
     Family(

@@ -63,6 +63,8 @@ class VideoModel:
             raise ValueError(
                 f"{type(pipe).__name__} has no transformer loaded; load the pipeline with its transformer."
             )
+        if components.get("vae") is None:
+            raise ValueError(f"{type(pipe).__name__} has no VAE loaded; load the pipeline with its VAE.")
         self.boundary = pipe.config.get("boundary_ratio") if len(self.denoisers) > 1 else None
         if len(self.denoisers) > 1 and self.boundary is None:
             raise ValueError("The pipeline has two transformers but boundary_ratio is None; set boundary_ratio.")
@@ -77,7 +79,8 @@ class VideoModel:
         self.frame_multiple = self.temporal_factor * temporal_patch
         # the latent frame count (F - offset) / factor + 1 must divide by the temporal patch (CogVideoX 1.5)
         self.frame_offset = family.frame_offset + self.temporal_factor * (temporal_patch - 1)
-        self.pixel_multiple = math.lcm(self.spatial_factor * spatial_patch, family.pixel_multiple)
+        block = family.sparse_block if config.get("attention_type") == "nabla" else 1
+        self.pixel_multiple = math.lcm(self.spatial_factor * spatial_patch * block, family.pixel_multiple)
         self.per_sample_sigma = family.per_sample_sigma
         self._setup_vae(pipe.vae)
         self.schedule = NoiseSchedule(pipe.scheduler, family, self._patch)

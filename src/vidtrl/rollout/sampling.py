@@ -58,7 +58,9 @@ def sample(
     elif latents.shape != (batch, *shape):
         raise ValueError(f"latents must have shape {(batch, *shape)} for this condition, got {tuple(latents.shape)}.")
     condition = condition.to(model.device)
-    negative_condition = negative_condition.to(model.device) if negative_condition is not None else None
+    if negative_condition is not None:
+        negative_condition = negative_condition.to(model.device)
+        negative_condition = negative_condition[[0] * batch] if len(negative_condition) == 1 else negative_condition
     sigmas = model.sigmas(num_inference_steps, shape).tolist()
     x = latents.float() * model.noise_scale(sigmas[0])
     for i in range(num_inference_steps):
