@@ -17,6 +17,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
 # options of `accelerate launch` that are passed on as they are
 LAUNCH_OPTIONS = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
 INTERRUPTED = (130, -signal.SIGINT)
+HINT = "the same command with --resume_from_checkpoint latest goes on from the last checkpoint"
 
 
 def shipped_configs() -> list[str]:
@@ -95,9 +96,9 @@ def launch(module: str, options: dict[str, str], argv: Sequence[str]) -> int:
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        # Ctrl-C reached the whole process group; the ranks say how to resume
+        # Ctrl-C reached the ranks as well: they are in this process group
         process.wait()
-        raise Interrupted from None
+        raise Interrupted(HINT) from None
     if code in INTERRUPTED:
-        raise Interrupted
+        raise Interrupted(HINT)
     return 1 if code < 0 else code
