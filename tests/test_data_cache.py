@@ -46,9 +46,9 @@ class Encoders:
         return pooled * 3 - 1, pooled * 0.1
 
     def condition(self, row, height, width, num_frames):
-        self.prompts.append(row["prompt"])
+        self.prompts.append(row.get("prompt"))
         self.rows.append(row)
-        codes = torch.tensor([ord(c) for c in row["prompt"]], dtype=torch.bfloat16).view(-1, 1)
+        codes = torch.tensor([ord(c) for c in row.get("prompt", "")], dtype=torch.bfloat16).view(-1, 1)
         mask = torch.ones(len(codes), dtype=torch.bool)
         return {"text": codes, "mask": mask}, {"shape": [num_frames, height, width], "scale": 0.1}
 
@@ -282,7 +282,8 @@ def test_buckets_and_images(tmp_path, folder):
         assert item["condition"][1]["shape"] == [frames, height, width]
 
 
-def test_condition_columns(dataset, tmp_path, folder):
+def test_condition_columns(dataset, tmp_path, folder, caplog):
+    previous = None
     cached, counted, _ = build(dataset, tmp_path, condition_columns=("prompt", "fps", "image"))
     assert len(counted.rows) == 12  # the image is each clip's first frame: nothing is shared
     row = counted.rows[0]
@@ -311,6 +312,21 @@ def test_condition_columns(dataset, tmp_path, folder):
         max_bad_fraction=0.5,
     )
     assert len(cached) == 3 and "cannot be read as an image" in plan.rows[0].reason
+    assert caplog.text.count("clip skipped") == 1
+    # a bad picture that two clips share drops both
+    rows = [{**row, "image": image} for row in rows[:2]] + rows[2:]
+    shared = dict(condition_columns=("prompt", "image"), max_bad_fraction=0.5)
+    assert len(build(rows, tmp_path / "d", **shared)[0]) == 2
+
+    path = tmp_path / "condition.png"
+    for seed in (0, 1, 1):  # a picture replaced under the same name
+        np_image(seed).save(path)
+        _, counted, _ = build([{**rows[2], "image": str(path)}], tmp_path / "e", condition_columns=("image",))
+        assert len(counted.rows) == (0 if seed == 1 and previous == 1 else 1)
+        previous = seed
+    pose = [{**rows[2], "pose": np.full((2, 2), i // 2), "tags": ["x", i % 2]} for i in range(4)]
+    _, counted, _ = build(pose, tmp_path / "f", condition_columns=("pose", "tags"))
+    assert len(counted.rows) == 4
 
 
 def np_image(seed):
@@ -419,17 +435,19 @@ def test_two_processes_share_the_work(twelve, tmp_path):
     assert counted.clips == 0 and all(same(shared[i], alone[i]) for i in range(12))
 
 
-def test_several_processes_need_a_barrier(dataset, tmp_path):
+def test_several_processes_need_a_barrier_and_one_directory(dataset, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pass wait"):
         build(dataset, tmp_path, num_processes=2)
-    with pytest.raises(RuntimeError, match="another process failed"):
-        (next(tmp_path.glob("*"), tmp_path)).mkdir(exist_ok=True)
-        build(dataset, tmp_path, num_processes=2, wait=lambda: fake_other_rank(tmp_path))
+    monkeypatch.setattr("vidtrl.data.cache.WAIT_SECONDS", 0.0)
+    with pytest.raises(RuntimeError, match="process 1 wrote nothing to .* file system that all processes share"):
+        build(dataset, tmp_path, num_processes=2, wait=lambda: None)
 
+    def died():  # after its report, before its shards
+        for directory in tmp_path.glob("tiny-video-*"):
+            (directory / "unreadable-r1of2.json").write_text("{}")
 
-def fake_other_rank(cache):
-    for directory in cache.glob("tiny-video-*"):
-        (directory / "unreadable-r1of2.json").write_text("{}")
+    with pytest.raises(RuntimeError, match="entries are missing from .* another process stopped early"):
+        build(dataset, tmp_path, num_processes=2, wait=died)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs file size limits")

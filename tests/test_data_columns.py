@@ -111,7 +111,10 @@ def test_the_first_name_wins():
     [
         (("promt", "video"), r'no "prompt" column; its columns are: promt, video. Did you mean "promt"\?'),
         (("Caption", "video"), r'Did you mean "Caption"\?'),
-        (("prompt", "vidoe"), r'no "video" column.*Did you mean "vidoe"\? Use dataset.rename_column\("vidoe", "video"\)'),
+        (
+            ("prompt", "vidoe"),
+            r'no "video" column.*Did you mean "vidoe"\? Use dataset.rename_column\("vidoe", "video"\)',
+        ),
         (("prompt", "clip"), r'no "video" column; its columns are: prompt, clip.*file_name, video_path, path'),
     ],
 )

@@ -35,13 +35,14 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from .dataset import load_clip
-from .store import TEMPORARY, FileHashes, Store, read_entry, sha256_json, write_atomic
+from .store import TEMPORARY, FileHashes, Store, is_content, read_entry, sha256_json, write_atomic
 from .video import load_image
 
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # part of every key: a change in what is stored must change it
+WAIT_SECONDS = 10.0  # a network file system shows the files of other nodes with a delay
 TEMPORARY_SECONDS = 24 * 3600  # older temporary files were left by killed processes
 _LATENTS, _CONDITION, _EMPTY = range(3)  # the three keys of an item
 
@@ -191,12 +192,10 @@ class _Builder:
         name = os.path.basename(str(fingerprint.get("model", "model")).rstrip("/\\"))
         name = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")[:60] or "model"
         self.cache_dir, self.directory = cache_dir, cache_dir / f"{name}-{self.base[:12]}"
-        self.unreadable = {}  # latents key -> reason
+        self.unreadable = {}  # key of an entry that cannot be made -> reason
+        self.contents = {}  # dataset row -> hash of its video
 
     def run(self) -> CachedDataset:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.directory / "fingerprint.json", json.dumps(self.fingerprint, indent=1, sort_keys=True))
-        _remove_old_temporaries(self.cache_dir, self.directory)
         columns = _column_names(self.dataset)
         if not self.text_only and "video" not in columns:
             raise ValueError("the dataset has no videos: use text_only=True")
@@ -204,22 +203,29 @@ class _Builder:
         if missing:
             raise ValueError(f"condition_columns names {', '.join(missing)}; the dataset has {', '.join(columns)}")
         self.first_frame = "image" in self.columns and "image" not in columns
+        self.light = self.dataset  # rows without the videos, which may be megabytes of embedded bytes
+        if isinstance(self.dataset, datasets.Dataset):
+            wanted = {"prompt", "fps", *self.columns}
+            self.light = self.dataset.select_columns([c for c in columns if c in wanted])
+
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.directory / "fingerprint.json", json.dumps(self.fingerprint, indent=1, sort_keys=True))
+        _remove_old_temporaries(self.cache_dir, self.directory)
         self.files = FileHashes(self.cache_dir)
         self.store = Store(self.directory, self.rank)
-        keyed = self._stream() if not self.plan.complete else None
-        if keyed is None:
+        keyed = None
+        if self.plan.complete:
             self._encode_conditions()
             self._encode_latents()
+        else:
+            keyed = self._stream()
         self.store.flush()
         self.files.save()
-        mine = self.directory / f"unreadable-r{self.rank}of{self.world}.json"
-        write_atomic(mine, json.dumps(self.unreadable))
+        write_atomic(self._report(self.rank), json.dumps(self.unreadable))
         self.wait()
+        self._read_reports()
         self.store.load()
         self.files.load()
-        for rank in range(self.world):
-            path = self.directory / f"unreadable-r{rank}of{self.world}.json"
-            self.unreadable.update(json.loads(path.read_text()))
         dataset = self._dataset(keyed)
         self.wait()  # before files that the others still read are merged
         if self.rank == 0:
@@ -227,21 +233,31 @@ class _Builder:
             self.files.merge()
         return dataset
 
+    def _report(self, rank) -> Path:
+        return self.directory / f"unreadable-r{rank}of{self.world}.json"
+
+    def _read_reports(self):
+        for rank in range(self.world):
+            if not _appears(self._report(rank).exists):
+                raise RuntimeError(
+                    f"process {rank} wrote nothing to {self.directory}: cache_dir must be on a file system that all "
+                    "processes share"
+                )
+            self.unreadable.update(json.loads(self._report(rank).read_text()))
+
     def _encode_conditions(self):
-        dataset, todo = self.dataset, {}
-        if isinstance(dataset, datasets.Dataset) and not self.first_frame:  # do not load video bytes for a prompt
-            wanted = {"prompt", *self.columns}
-            dataset = dataset.select_columns([c for c in dataset.column_names if c in wanted])
+        todo = {}
         for position, sample in enumerate(self.plan.samples):
             if self.first_frame and position % self.world != self.rank:
                 continue  # such conditions are each clip's own; their keys need the file's content
-            row = dataset[sample.index]
+            row = self.light[sample.index]
             for prompt in self._prompts(row):
                 key = self._condition_key(row, sample, prompt)
                 if not self.store.has(key) and (self.first_frame or int(key[:8], 16) % self.world == self.rank):
                     todo.setdefault(key, (sample, prompt))
+        rows = self.dataset if self.first_frame else self.light
         for key, (sample, prompt) in _progress(todo.items(), "Caching conditions", self.rank):
-            self._add_condition(key, dataset[sample.index], sample, prompt)
+            self._add_condition(key, rows[sample.index], sample, prompt)
         self.store.flush()
 
     def _encode_latents(self):
@@ -249,7 +265,7 @@ class _Builder:
             return
         todo = {}
         for sample in self.plan.samples[self.rank :: self.world]:
-            key = self._latents_key(self.dataset[sample.index], sample)
+            key = self._latents_key(self.light[sample.index], sample)
             if not self.store.has(key):
                 todo.setdefault(key, sample)
         for key, sample in _progress(todo.items(), "Caching latents", self.rank):
@@ -274,37 +290,42 @@ class _Builder:
 
     def _dataset(self, keyed) -> CachedDataset:
         if keyed is None:
-            rows = ((sample, self.dataset[sample.index]) for sample in self.plan.samples)
+            rows = ((sample, self.light[sample.index]) for sample in self.plan.samples)
             keyed = [(sample, row["prompt"], self._keys(row, sample)) for sample, row in rows]
         items = []
         for sample, prompt, keys in keyed:
-            reason = self.unreadable.get(keys[_LATENTS])
+            reason = next((self.unreadable[key] for key in keys if key in self.unreadable), None)
             if reason is None:
                 items.append((sample.sample_id, prompt, sample.bucket, keys))
             else:
                 sample.action, sample.reason, sample.unreadable = "dropped", f"unreadable: {reason}", True
                 sample.bucket = None
         self.plan.finish()
-        missing = sum(not self.store.has(key) for *_, keys in items for key in keys if key)
-        if missing:
-            raise RuntimeError(
-                f"{missing} entries are missing from {self.directory}: another process failed or stopped"
-            )
+        wanted = {key for *_, keys in items for key in keys if key}
+        if not _appears(lambda: self._all_on_disk(wanted)):
+            missing = sum(not self.store.has(key) for key in wanted)
+            raise RuntimeError(f"{missing} entries are missing from {self.directory}: another process stopped early")
         return CachedDataset(str(self.directory), self.plan.buckets, items, self.store.shard, self.text_only)
+
+    def _all_on_disk(self, keys) -> bool:
+        if not all(self.store.has(key) for key in keys):
+            self.store.load()
+        return all(self.store.has(key) for key in keys)
 
     def _prompts(self, row) -> list[str]:
         return [row["prompt"], ""] if self.empty_prompt else [row["prompt"]]
 
     def _keys(self, row, sample) -> tuple[str | None, str, str | None]:
+        latents = None if self.text_only else self._latents_key(row, sample)
         conditions = [self._condition_key(row, sample, prompt) for prompt in self._prompts(row)]
-        return (
-            None if self.text_only else self._latents_key(row, sample),
-            *conditions,
-            *[None] * (2 - len(conditions)),
-        )
+        return (latents, *conditions) if self.empty_prompt else (latents, *conditions, None)
 
     def _latents_key(self, row, sample) -> str:
-        parts = {"base": self.base, "content": self.files.content(row["video"]), "source_fps": row.get("fps")}
+        content = self.contents.get(sample.index)
+        if content is None:
+            video = row["video"] if "video" in row else self.dataset[sample.index]["video"]
+            content = self.contents[sample.index] = self.files.content(video)
+        parts = {"base": self.base, "content": content, "source_fps": row.get("fps")}
         parts.update(start=sample.start, fps=sample.target_fps, shape=list(self.plan.buckets[sample.bucket]))
         return sha256_json(parts)
 
@@ -317,10 +338,10 @@ class _Builder:
                 inputs[column] = sample.fps
             elif column == "image" and self.first_frame:
                 inputs[column] = self._latents_key(row, sample)
+            elif column == "image" or is_content(row[column]):
+                inputs[column] = None if row[column] is None else {"content": self.files.content(row[column])}
             else:
-                value = row[column]
-                plain = value is None or isinstance(value, (str, int, float, bool))
-                inputs[column] = value if plain else {"content": self.files.content(value)}
+                inputs[column] = row[column]
         return sha256_json({"base": self.base, "inputs": inputs, "shape": list(self.plan.buckets[sample.bucket])})
 
     def _add_condition(self, key, row, sample, prompt):
@@ -331,9 +352,7 @@ class _Builder:
             if "image" in inputs:
                 inputs["image"] = self._image(row, sample, bucket)
         except ValueError as error:
-            if self.text_only:
-                raise
-            self._skip(self._latents_key(row, sample), error)
+            self._skip(key, error)
             return
         tensors, meta = self.condition(inputs, bucket.height, bucket.width, bucket.num_frames)
         for name, tensor in tensors.items():
@@ -356,7 +375,7 @@ class _Builder:
         self.store.add("latents", key, {"mean": mean, "std": std}, {}, self._info(sample, bucket, row["prompt"]))
 
     def _skip(self, key, error):
-        if key not in self.unreadable:
+        if str(error) not in self.unreadable.values():  # one warning, however many entries depend on the file
             logger.warning("clip skipped: %s", error)
         self.unreadable[key] = str(error)
 
@@ -369,6 +388,16 @@ class _Builder:
     def _info(self, sample, bucket, prompt) -> dict:
         info = {"sample_id": sample.sample_id, "start": sample.start, "fps": sample.fps, "prompt": prompt}
         return {**info, **bucket._asdict()}
+
+
+def _appears(check: Callable[[], bool]) -> bool:
+    """Whether something holds, now or soon."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not check():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def _progress(todo, description, rank):

@@ -134,14 +134,14 @@ class FileHashes:
         digest = hashlib.sha256()
         if isinstance(source, (bytes, bytearray, memoryview)):
             digest.update(source)
-            return digest.hexdigest()
-        if isinstance(source, Image.Image):
+        elif isinstance(source, Image.Image):
             digest.update(f"{source.mode}{source.size}".encode())
             digest.update(source.tobytes())
-            return digest.hexdigest()
-        frames = read_video(source).numpy()
-        digest.update(str(frames.shape).encode())
-        digest.update(np.ascontiguousarray(frames))
+        else:
+            array = source if isinstance(source, (np.ndarray, torch.Tensor)) else read_video(source)
+            array = np.ascontiguousarray(array.numpy(force=True) if isinstance(array, torch.Tensor) else array)
+            digest.update(f"{array.dtype}{array.shape}".encode())
+            digest.update(array)
         return digest.hexdigest()
 
     def _file(self, path: str) -> str:
@@ -220,6 +220,12 @@ def write_atomic(path: Path, content) -> None:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_content(value) -> bool:
+    """Whether a column's value is hashed by its content: pictures, arrays and `{"path", "bytes"}`."""
+    file = isinstance(value, dict) and value.keys() == {"path", "bytes"}
+    return file or isinstance(value, (bytes, Image.Image, np.ndarray, torch.Tensor))
 
 
 def sha256_json(value) -> str:

@@ -203,7 +203,9 @@ def load_image(image) -> Image.Image:
     try:
         with Image.open(image) as opened:
             return ImageOps.exif_transpose(opened).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except UnidentifiedImageError as error:  # its own message is the address of a buffer
+        raise ValueError(f"{name} cannot be read as an image: no image data found") from error
+    except (OSError, SyntaxError) as error:
         raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 
