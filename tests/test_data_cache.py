@@ -145,6 +145,7 @@ def test_every_input_is_part_of_the_key(folder, tmp_path):
         "frames": dict(rules={**FIXED, "num_frames": 13}),
         "size": dict(rules={**FIXED, "width": 48}),
         "frame rate": dict(rules={**FIXED, "num_frames": 5, "fps": 4}),
+        "fewer frames": dict(rules={**FIXED, "num_frames": 9}),
         "window": dict(rules={**FIXED, "num_frames": 9, "windows": "center"}),
     }
     for name, change in variants.items():

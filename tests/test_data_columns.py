@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, Value, Video, load_dataset
+from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, List, Value, Video, load_dataset
 from PIL import Image as PILImage
 
 from vidtrl.data import load_video_folder, read_video, standardize_columns
@@ -203,6 +203,15 @@ def test_a_generator_of_frames():
 
     row = next(iter(standardize_columns(IterableDataset.from_generator(rows))))
     assert row["prompt"] == "a" and read_video(row["video"]).shape == (3, 3, 8, 8)
+
+
+def test_a_column_of_image_lists():
+    frames = [PILImage.new("RGB", (16, 8), color) for color in ("red", "green", "blue")]
+    features = Features({"video": List(Image()), "prompt": Value("string")})
+    dataset = Dataset.from_list([{"video": frames, "prompt": "a"}], features=features)
+    row = standardize_columns(dataset)[0]
+    assert set(row["video"][0]) == {"path", "bytes"}  # not decoded for the plan
+    assert read_video(row["video"])[:, :, 0, 0].tolist() == [[255, 0, 0], [0, 128, 0], [0, 0, 255]]
 
 
 def test_prompts_only():

@@ -91,6 +91,11 @@ def test_write_video_refuses_other_shapes(tmp_path, shape):
         write_video(tmp_path / "c.mp4", torch.zeros(shape), fps=8)
 
 
+def test_write_video_refuses_a_frame_rate_of_zero(tmp_path):
+    with pytest.raises(ValueError, match="fps must be positive"):
+        write_video(tmp_path / "c.mp4", CLIP, fps=0)
+
+
 @pytest.mark.parametrize(
     ("format", "codec"),
     [

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import fsspec
-from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict, Value, Video
+from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict, List, Value, Video
 
 from .video import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, source_name
 
@@ -184,6 +184,8 @@ def _undecoded(dataset, root):
         dataset = dataset.cast_column("video", type(feature)(decode=False))
         # what streams from the Hub or an archive has the path of a remote file: read it when its row is asked for
         return dataset.map(_fetched, features=dataset.features) if isinstance(dataset, IterableDataset) else dataset
+    if isinstance(feature, List) and isinstance(feature.feature, Image):  # frames: decoded when a clip is read
+        return dataset.cast_column("video", List(Image(decode=False)))
     if isinstance(dataset, IterableDataset):
         return dataset.map(lambda row: {"video": _resolve(row["video"], root)})
     if feature == Value("string"):

@@ -68,11 +68,13 @@ def write_video(path, frames, fps: float, crf: int = 16) -> None:
         crf (`int`, *optional*, defaults to `16`): x264 quality, 0 (lossless) to 51.
 
     Raises:
-        `ValueError`: If the frames are not `(F, 3, H, W)` or there are none.
+        `ValueError`: If the frames are not `(F, 3, H, W)`, there are none, or `fps` is not positive.
     """
     frames = torch.as_tensor(frames).detach().cpu()
     if frames.ndim != 4 or frames.shape[1] != 3 or len(frames) == 0:
         raise ValueError(f"write_video wants frames of shape (F, 3, H, W), got {tuple(frames.shape)}")
+    if not fps > 0:
+        raise ValueError(f"fps must be positive, not {fps}")
     if frames.is_floating_point():
         frames = (frames.float().clamp(0, 1) * 255).round().to(torch.uint8)
     frames = frames.permute(0, 2, 3, 1).contiguous().numpy()
@@ -205,7 +207,7 @@ def load_image(image) -> Image.Image:
             return ImageOps.exif_transpose(opened).convert("RGB")
     except UnidentifiedImageError as error:  # its own message is the address of a buffer
         raise ValueError(f"{name} cannot be read as an image: no image data found") from error
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 
@@ -319,8 +321,9 @@ class _File(_Source):
         return np.array(self.pts, dtype=np.float64) * float(self.time_base)
 
     def frames(self, indices) -> torch.Tensor:
-        chosen = [self.pts[i] for i in indices]
-        wanted, got = set(chosen), {}
+        wanted = {}  # time -> places in the result; several when frames are repeated
+        for place, index in enumerate(indices):
+            wanted.setdefault(self.pts[index], []).append(place)
         # a seek goes to the key frame before; where a container seeks badly, decode from the beginning
         for seek in (True, False) if min(wanted) > self.pts[0] and not self.counted else (False,):
             with _open_container(self.source, self.name) as container:
@@ -328,26 +331,34 @@ class _File(_Source):
                 stream.thread_type = "AUTO"
                 if seek:
                     container.seek(min(wanted), stream=stream)
-                self._decode(container, stream, wanted, got)
-            if len(got) == len(wanted):
-                break
-        if len(got) < len(wanted):
-            raise ValueError(f"{self.name} is damaged: {len(wanted) - len(got)} of {len(wanted)} frames do not decode")
-        return torch.from_numpy(np.stack([got[pts] for pts in chosen])).permute(0, 3, 1, 2).contiguous()
+                frames, missing = self._decode(container, stream, wanted, len(indices))
+            if not missing:
+                return frames
+        raise ValueError(f"{self.name} is damaged: {missing} of {len(wanted)} frames do not decode")
 
-    def _decode(self, container, stream, wanted, got):
+    def _decode(self, container, stream, wanted, count):
+        frames, missing = None, set(wanted)
         reformatter, width = VideoReformatter(), self._square_width(stream)
         try:
             for number, frame in enumerate(container.decode(stream)):
                 pts = number if self.counted else frame.pts
-                if pts in wanted:
+                if pts in missing:
                     # one thread: by default each frame starts a pool, which takes longer than its work
                     image = reformatter.reformat(frame, format="rgb24", width=width, threads=1).to_ndarray()
-                    got[pts] = np.rot90(image, round(frame.rotation / 90)) if frame.rotation else image
-                if len(got) == len(wanted):
+                    if frame.rotation:
+                        image = np.rot90(image, round(frame.rotation / 90)).copy()
+                    image = torch.from_numpy(image).permute(2, 0, 1)
+                    if frames is None:
+                        frames = torch.empty(count, *image.shape, dtype=torch.uint8)
+                    if image.shape != frames.shape[1:]:
+                        raise ValueError(f"{self.name} changes its frame size on the way")
+                    frames[wanted[pts]] = image
+                    missing.remove(pts)
+                if not missing:
                     break
         except av.error.FFmpegError as error:
             raise ValueError(f"{self.name} is damaged: {error.strerror}") from error
+        return frames, len(missing)
 
 
 class _Frames(_Source):
