@@ -282,7 +282,9 @@ class VideoTrainer(Trainer):
         """
         args = self.args
         height, width, num_frames = self.validation_shape()
-        call = dict(args.pipeline_kwargs or {}, height=height, width=width, num_frames=num_frames, output_type="pt")
+        family = self.video_model.family
+        call = {**family.call, **(args.pipeline_kwargs or {}), "height": height, "width": width, "output_type": "pt"}
+        call[family.frames_argument] = num_frames
         for name, value in (
             ("max_sequence_length", args.max_sequence_length),
             ("num_inference_steps", args.validation_num_inference_steps),
@@ -554,7 +556,8 @@ class VideoTrainer(Trainer):
 
     def _card_generation(self) -> dict[str, Any]:
         args = self.args
-        generation = dict(zip(("height", "width", "num_frames"), self.validation_shape(), strict=True))
+        names = ("height", "width", self.video_model.family.frames_argument)
+        generation = dict(zip(names, self.validation_shape(), strict=True))
         generation["num_inference_steps"] = args.validation_num_inference_steps
         generation["guidance_scale"] = args.validation_guidance_scale
         generation["max_sequence_length"] = args.max_sequence_length
