@@ -173,10 +173,12 @@ def resize_crop(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
     top, left = (scaled_h - height) // 2, (scaled_w - width) // 2
     out = torch.empty(len(frames), frames.shape[1], height, width)
     for i in range(0, len(frames), 8):  # a whole 1080p clip in float32 would take gigabytes
-        part = frames[i : i + 8].float() / 255
+        part = frames[i : i + 8]
         if (scaled_h, scaled_w) != tuple(frames.shape[2:]):
-            part = F.interpolate(part, (scaled_h, scaled_w), mode="bilinear", antialias=True).clamp(0, 1)
-        out[i : i + 8] = part[..., top : top + height, left : left + width]
+            # uint8 with channels last is 20 times as fast as float32, and exact to 1/255
+            part = part.contiguous(memory_format=torch.channels_last)
+            part = F.interpolate(part, (scaled_h, scaled_w), mode="bilinear", antialias=True)
+        out[i : i + 8] = part[..., top : top + height, left : left + width].float() / 255
     return out
 
 
