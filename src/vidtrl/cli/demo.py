@@ -104,8 +104,10 @@ def run_demo(
         [`UserError`]: If the folder holds something else.
     """
     output, settings, console = Path(output), settings or DemoSettings(), console or Console()
+    # a report is made to be shared: it names no folder of this machine unless asked to
+    identity = {"seed": seed, "base": base or "shipped", "settings": asdict(settings)}
     base = str(Path(base or pipeline_path()).resolve())
-    _claim(output, {"vidtrl": __version__, "seed": seed, "base": base, "settings": asdict(settings)})
+    _claim(output, {"vidtrl": __version__, **identity})
     seconds = {}
 
     def stage(number, text, function, *args):
@@ -129,7 +131,7 @@ def run_demo(
         console,
     )
     results = stage(4, "measure the mp4 files and write the report", measure_clips, output, jobs)
-    results |= {"seed": seed, "base": base, "settings": asdict(settings), "versions": package_versions()}
+    results |= identity | {"versions": package_versions()}
     results["seconds"] = seconds | {"total": round(sum(seconds.values()), 1)}
     _write_json(output / "results.json", results)
     write_demo_report(output, results)
@@ -414,7 +416,7 @@ def write_demo_report(output: Path, results: dict) -> Path:
         clips_note="Same prompt and same initial noise on both sides. The first twelve are an even walk through all "
         "prompts, not a choice by result. Under each video: what was measured in it.",
         charts=training_charts(output / "sft" / "trainer_state.json", Chart),
-        settings={"seed": results["seed"], **flat},
+        settings={"base": results["base"], "seed": results["seed"], **flat},
         versions=results["versions"] | hardware(),
     )
 
