@@ -21,7 +21,13 @@ def run(clips, cache_dir, tmp_path_factory):
 
     def run(name, num_processes=1, config=None, **job):
         """Start `num_processes` processes with the environment that torchrun gives them; returns the result."""
-        job = {"out": str(root / name), "clips": str(root / "clips"), "cache": str(cache_dir), "lora": "no dropout", **job}
+        job = {
+            "out": str(root / name),
+            "clips": str(root / "clips"),
+            "cache": str(cache_dir),
+            "lora": "no dropout",
+            **job,
+        }
         job["config"] = {**CONFIG, **(config or {})}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -44,7 +50,10 @@ def one(run):
 
 
 def test_two_processes_equal_one(run, one):
-    two = run("two", 2, config=dict(per_device_train_batch_size=2))
+    prompts = ["a red circle", "a blue square", "a green square"]
+    validation = dict(validation_steps=4, validation_prompts=prompts, validation_num_inference_steps=1)
+    two = run("two", 2, config=dict(per_device_train_batch_size=2, **validation))
+    assert len(list((run.root / "two" / "validation" / "step_000004").glob("*.mp4"))) == 3
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert two["norm"] == pytest.approx(one["norm"], rel=1e-5)

@@ -1,10 +1,16 @@
 """Model cards: what was trained, on what, how, and a snippet that runs."""
 
+import json
 import os
 from importlib.resources import files
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
+
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 def build_model_card(
@@ -17,7 +23,8 @@ def build_model_card(
     denoiser_class: str,
     adapter: dict | None,
     method: str,
-    task: str = "text-to-video",
+    lora_loader: str = "pipeline",
+    image: bool = False,
     dataset_name: str | list[str] | None = None,
     tags: list[str] | None = None,
     settings: dict[str, Any] | None = None,
@@ -36,7 +43,9 @@ def build_model_card(
         pipeline_class, denoiser_name, denoiser_class (`str`): As diffusers names them.
         adapter (`dict`, *optional*): Summary of the LoRA configuration; `None` if all weights were trained.
         method (`str`): `"SFT"`, `"GRPO"`, ...
-        task (`str`, *optional*, defaults to `"text-to-video"`): Task tag of the Hub.
+        lora_loader (`str`, *optional*, defaults to `"pipeline"`): Which object of diffusers loads an adapter:
+            `"pipeline"`, `"denoiser"` or `"none"`.
+        image (`bool`, *optional*, defaults to `False`): Whether the pipeline takes an image.
         dataset_name (`str` or `list[str]`, *optional*): Hub ids of the training data.
         tags (`list[str]`, *optional*): Further tags.
         settings (`dict`, *optional*): Training settings for the table.
@@ -65,7 +74,7 @@ def build_model_card(
     'Wan-AI/Wan2.1-T2V-1.3B-Diffusers'
     ```
     """
-    samples = sample_videos or []
+    samples, task = sample_videos or [], "image-to-video" if image else "text-to-video"
     datasets = [dataset_name] if isinstance(dataset_name, str) else dataset_name
     on_hub = bool(base_model) and base_model.count("/") == 1 and not os.path.exists(base_model)
     all_tags = ["vidtrl", task, "diffusers", "lora" if adapter else "full-finetuning", *(tags or [])]
@@ -93,10 +102,36 @@ def build_model_card(
         denoiser_class=denoiser_class,
         adapter=adapter,
         method=method,
-        task=task,
+        lora_loader=lora_loader,
+        image=image,
         trained_on=datasets or [],
         settings=settings or {},
         generation=generation or {},
         fps=int(fps) if float(fps).is_integer() else fps,
         samples=samples,
     )
+
+
+def training_settings(args: "TrainingArguments", method: str, steps: int) -> dict[str, Any]:
+    """The rows of the card's table."""
+    processes = args.world_size
+    return {
+        "method": method,
+        "steps": steps,
+        "global batch size": args.per_device_train_batch_size * args.gradient_accumulation_steps * processes,
+        "learning rate": args.learning_rate,
+        "optimizer": args.optim.value,
+        "precision": "bfloat16 autocast" if args.bf16 else "float16 autocast" if args.fp16 else "float32",
+        "weight average": args.ema_decay or "none",
+        "seed": args.seed,
+    }
+
+
+def last_validation_videos(output_dir: str | os.PathLike) -> list[dict[str, str]]:
+    """The videos of a run's last validation: path below `output_dir`, and prompt."""
+    runs = sorted(Path(output_dir, "validation").glob("step_*/prompts.json"))
+    if not runs:
+        return []
+    prompts = json.loads(runs[-1].read_text())
+    folder = runs[-1].parent.relative_to(output_dir)
+    return [{"path": str(folder / name), "prompt": prompt} for name, prompt in prompts.items()]

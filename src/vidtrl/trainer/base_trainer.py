@@ -5,7 +5,6 @@ that overrides [`VideoTrainer.prepare_datasets`] and `compute_loss`.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -27,7 +26,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import PushInProgress, logging
 
-from ..hub.model_card import build_model_card
+from ..hub.model_card import build_model_card, last_validation_videos, training_settings
 from ..models import VideoModel, check_model
 from .base_config import VideoTrainingConfig
 from .callbacks import EMACallback, ValidationVideoCallback, VideoProgressCallback, VideoTensorBoardCallback
@@ -40,7 +39,7 @@ from .checkpoint import (
     write_manifest,
 )
 from .ema import WeightAverage
-from .lora import ADAPTER_FILE, adapter_summary, add_lora, load_adapter, repeated_blocks, save_adapter
+from .lora import ADAPTER_FILE, adapter_summary, add_lora, load_adapter, lora_loader, repeated_blocks, save_adapter
 
 
 logger = logging.get_logger(__name__)
@@ -168,8 +167,9 @@ class VideoTrainer(Trainer):
                 raise ValueError("ema_decay does not work with sharded weights (FSDP, DeepSpeed); leave it unset")
             self.add_callback(EMACallback(self.average))
         # the Trainer's TensorBoard callback needs a transformers configuration
-        if self.pop_callback(TensorBoardCallback) is not None:
-            self.add_callback(VideoTensorBoardCallback())
+        tensorboard = self.pop_callback(TensorBoardCallback)
+        if tensorboard is not None:
+            self.add_callback(VideoTensorBoardCallback(tensorboard.tb_writer))
         self.pop_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(VideoProgressCallback())
@@ -227,7 +227,7 @@ class VideoTrainer(Trainer):
         offloaded = self.video_model.pipe.vae is None
         training = self.model.training
         pipe, denoiser = self.pipe, self.video_model.denoisers[self.denoiser_name]
-        devices = [] if self.args.device.type == "cpu" else [self.args.device]
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.no_grad(), self.averaged_weights(), torch.random.fork_rng(devices):
             self.model.eval()
             if self.is_fsdp_enabled:
@@ -406,12 +406,16 @@ class VideoTrainer(Trainer):
         with self.averaged_weights():
             if isinstance(model, PeftModel):
                 save_adapter(model, directory, state_dict)
-            elif state_dict is None:
-                model.save_pretrained(directory / self.denoiser_name)
-            else:  # gathered by FSDP or ZeRO-3
-                model.save_config(directory / self.denoiser_name)
-                weights = {name: value.cpu().contiguous() for name, value in state_dict.items()}
-                save_file(weights, directory / self.denoiser_name / "diffusion_pytorch_model.safetensors")
+            else:
+                staging = directory / f"_{self.denoiser_name}.tmp"
+                shutil.rmtree(staging, ignore_errors=True)
+                if state_dict is None:
+                    model.save_pretrained(staging)
+                else:  # gathered by FSDP or ZeRO-3
+                    model.save_config(staging)
+                    weights = {name: value.cpu().contiguous() for name, value in state_dict.items()}
+                    save_file(weights, staging / "diffusion_pytorch_model.safetensors")
+                publish(staging, directory / self.denoiser_name)
         (directory / "training_args.json").write_text(self.args.to_json_string())
 
     def _load_weights(self, directory: str | os.PathLike) -> None:
@@ -528,31 +532,16 @@ class VideoTrainer(Trainer):
             denoiser_class=self.model_identity["denoiser_class"],
             adapter=self._adapter_summary(),
             method=self._name,
-            dataset_name=dataset_name or self._dataset_name,
+            lora_loader=lora_loader(self.video_model.pipe, self.video_model.denoisers[self.denoiser_name]),
+            image=self.video_model.family.image,
+            dataset_name=dataset_name,
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            settings=self._card_settings(),
+            settings=training_settings(args, self._name, self.state.global_step),
             generation=self._card_generation(),
             fps=self.validation_fps(),
-            sample_videos=self._sample_videos(),
+            sample_videos=last_validation_videos(args.output_dir),
         )
         card.save(os.path.join(args.output_dir, "README.md"))
-
-    _dataset_name: str | None = None
-
-    def _card_settings(self) -> dict[str, Any]:
-        args = self.args
-        return {
-            "method": self._name,
-            "steps": self.state.global_step,
-            "global batch size": args.per_device_train_batch_size
-            * args.gradient_accumulation_steps
-            * self.accelerator.num_processes,
-            "learning rate": args.learning_rate,
-            "optimizer": args.optim.value,
-            "precision": "bfloat16 autocast" if args.bf16 else "float16 autocast" if args.fp16 else "float32",
-            "weight average": args.ema_decay or "none",
-            "seed": args.seed,
-        }
 
     def _card_generation(self) -> dict[str, Any]:
         args = self.args
@@ -562,17 +551,6 @@ class VideoTrainer(Trainer):
         generation["guidance_scale"] = args.validation_guidance_scale
         generation["max_sequence_length"] = args.max_sequence_length
         return {name: value for name, value in generation.items() if value is not None}
-
-    def _sample_videos(self) -> list[dict[str, str]]:
-        """The videos of the last validation: path below `output_dir` and prompt."""
-        runs = sorted(Path(self.args.output_dir, "validation").glob("step_*/prompts.json"))
-        if not runs:
-            return []
-        folder = runs[-1].parent
-        return [
-            {"path": str((folder / name).relative_to(self.args.output_dir)), "prompt": prompt}
-            for name, prompt in json.loads(runs[-1].read_text()).items()
-        ]
 
     def _collect_for_push(self, checkpoint_folder: str) -> None:
         """Copy a checkpoint's weights to `output_dir`, beside a card that describes them."""

@@ -5,6 +5,9 @@ import json
 import os
 import re
 
+from diffusers import DiffusionPipeline
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders.lora_base import LoraBaseMixin
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -92,7 +95,9 @@ def add_lora(denoiser: nn.Module, config: LoraConfig) -> PeftModel:
         ]
         if missing:
             linear = {
-                re.sub(r"\.\d+\.", ".N.", name) for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)
+                re.sub(r"\.\d+\.", ".N.", name)
+                for name, module in denoiser.named_modules()
+                if isinstance(module, nn.Linear)
             }
             raise ValueError(
                 f"LoRA target {', '.join(map(repr, missing))} matches no layer of {type(denoiser).__name__}. "
@@ -121,11 +126,10 @@ def save_adapter(model: PeftModel, directory: str | os.PathLike, state_dict: dic
     weights = {PREFIX + name: value.detach().cpu().contiguous() for name, value in weights.items()}
     config = model.peft_config[model.active_adapter].to_dict()
     metadata = {PREFIX + name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-    save_file(
-        weights,
-        os.path.join(directory, ADAPTER_FILE),
-        metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2, sort_keys=True)},
-    )
+    path = os.path.join(directory, ADAPTER_FILE)
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2, sort_keys=True)}
+    save_file(weights, path + ".tmp", metadata=metadata)
+    os.replace(path + ".tmp", path)  # a crash or a full disk leaves the file that was there
 
 
 def load_adapter(model: PeftModel, directory: str | os.PathLike) -> None:
@@ -149,3 +153,10 @@ def adapter_summary(model: PeftModel) -> dict:
     names += ("alpha_pattern", "modules_to_save", "lora_dropout")
     plain = {name: config[name] for name in names if name in config}
     return json.loads(json.dumps(plain, default=sorted, sort_keys=True))
+
+
+def lora_loader(pipe: DiffusionPipeline, denoiser: nn.Module) -> str:
+    """Which object of diffusers loads an adapter file: `"pipeline"`, `"denoiser"` or `"none"`."""
+    if isinstance(pipe, LoraBaseMixin):
+        return "pipeline"
+    return "denoiser" if isinstance(denoiser, PeftAdapterMixin) else "none"
