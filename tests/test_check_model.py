@@ -149,6 +149,16 @@ def test_report_reads_well_and_sizes_are_chosen():
     report.raise_if_failed()
 
 
+def test_without_a_text_encoder():
+    pipe, call = tiny_pipelines.wan()
+    generator = torch.Generator().manual_seed(0)
+    embeds, negative = (torch.randn(1, 7, 32, generator=generator) for _ in range(2))
+    pipe.register_modules(text_encoder=None, tokenizer=None)
+    size = {k: v for k, v in call.items() if k != "max_sequence_length"}
+    report = check_model(pipe, prompt=None, prompt_embeds=embeds, negative_prompt_embeds=negative, **size)
+    assert report.ok, str(report)
+
+
 def test_default_sizes_of_special_checkpoints():
     parts, scheduler = tiny_pipelines._cogvideox_parts(
         attention_head_dim=16, use_rotary_positional_embeddings=True, use_learned_positional_embeddings=True
@@ -187,7 +197,9 @@ def test_model_is_left_as_it_was():
     pipe.transformer.proj_out.weight.requires_grad_(True)
     before = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
     scheduler, attributes = pipe.scheduler, set(vars(pipe))
+    random_state = torch.get_rng_state()
     check_model(pipe, **call)
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert pipe.transformer.training and pipe.scheduler is scheduler
     assert [n for n, p in pipe.transformer.named_parameters() if p.requires_grad] == ["proj_out.weight"]
     assert all(torch.equal(v, before[k]) for k, v in pipe.transformer.state_dict().items())

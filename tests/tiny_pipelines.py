@@ -447,7 +447,7 @@ def hunyuan15():
         guider=diffusers.ClassifierFreeGuidance(guidance_scale=6.0),
     )
     pipe.tokenizer_max_length, pipe.prompt_template_encode_start_idx = 48, 80  # 1000 and 108 when released
-    pipe.vision_num_semantic_tokens = 8
+    pipe.vision_num_semantic_tokens, pipe.tokenizer_2_max_length = 8, 24  # 729 and 256
     return pipe, dict(height=16, width=16, num_frames=9)
 
 

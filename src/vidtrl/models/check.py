@@ -270,7 +270,7 @@ class _Check:
 
     @torch.no_grad()
     def _parity(self, scale: float) -> list[CheckRow]:
-        from ..rollout.sampling import sample
+        from ..rollout.sampling import sample  # the one look upwards: the loop under test
 
         model = self.model
         scheduler, steps = _first_order(model.pipe.scheduler)
