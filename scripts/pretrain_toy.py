@@ -50,7 +50,8 @@ def to_unit(videos):  # (B, 3, F, H, W) in [-1, 1] -> list of (F, 3, H, W) in [0
 
 def build_vae():
     """8x8x4 compression to 16 channels. Time starts as a copy of space: every temporal kernel looks at the newest frame
-    alone, temporal downsampling averages and upsampling repeats, so that what images taught holds for clips."""
+    alone, temporal downsampling averages and upsampling repeats, so that what images taught holds for clips. The noise
+    is essential: an exact average cancels flicker, and neither half of the network would ever learn about it."""
     vae = AutoencoderKLWan(
         base_dim=16, dim_mult=[1, 2, 4], temperal_downsample=[True, True], num_res_blocks=1, z_dim=16,
         patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=8, scale_factor_temporal=4,
@@ -68,6 +69,7 @@ def build_vae():
                     module.weight[:, :, 1:, 0, 0] = eye[..., None] / 2
                 else:
                     module.weight[:, :, -1, 0, 0] = torch.cat([eye, eye])
+                module.weight.add_(torch.randn_like(module.weight) * 0.5 / (3 * module.in_channels) ** 0.5)
             elif module.kernel_size[0] == 3:
                 module.weight[:, :, :2] = 0
     return vae
@@ -99,6 +101,8 @@ def train_vae(out, image_steps, video_steps, seed=0):
             weight = 1 + 4 * ((x - x.amin((3, 4), keepdim=True)).abs().amax(1, keepdim=True) > 0.2)
             error = y.float() - x
             loss = (weight * (0.5 * error.abs() + error.square())).mean() + 1e-3 * z.float().square().mean()
+            # pixels say little about flicker; the brightness of whole frames says it all
+            loss = loss + 50 * error.mean((3, 4)).square().mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -118,7 +122,7 @@ def train_vae(out, image_steps, video_steps, seed=0):
 
     frames = clips(range(5 * 10**8, 5 * 10**8 + 400), rng, raw_share=0.5)[0].permute(0, 2, 1, 3, 4).flatten(0, 1)
     fit(image_steps, 3e-3, lambda _: frames[torch.randint(len(frames), (24,))][:, :, None], "image", 150)
-    fit(video_steps, 1.5e-3, lambda i: clips(range(4 * i, 4 * i + 4), rng, raw_share=0.5)[0], "video", 200)
+    fit(video_steps, 1.5e-3, lambda i: clips(range(4 * i, 4 * i + 4), rng, raw_share=0.5)[0], "video", 100)
 
 
 @torch.no_grad()

@@ -22,8 +22,7 @@ class Measurement:
         direction (`str` or `None`): From the slope of the centroid; `"still"` below 8 % of the side.
         fill (`float`): The median filled share, in [0, 1].
         motion (`tuple[float, float]`): Fitted travel of the centroid (x, y) over the clip, as a share of the side.
-        flicker (`float`): Mean |second difference| of the shape's brightness over time, relative to its mean. 0 is
-            steady; frames that are brighter and darker in turn by 10 % give 0.4.
+        flicker (`float`): Standard deviation over time of the shape's brightness, relative to its mean. 0 is steady.
         smoothness (`float`): In [0, 1]; 1 for uniform motion, 0 where the centroid's mean |second difference| reaches
             3 % of the side.
     """
@@ -102,7 +101,7 @@ def measure(video: torch.Tensor) -> Measurement:
         direction=direction,
         fill=fill,
         motion=(dx, dy),
-        flicker=float(second(brightness) / brightness.mean()),
+        flicker=float(brightness.std() / brightness.mean()),
         smoothness=max(0.0, 1 - jerk / 0.03),
     )
 

@@ -51,8 +51,9 @@ def presence_reward(prompts, videos, **kwargs) -> list[float]:
 
 
 def steadiness_reward(prompts, videos, **kwargs) -> list[float]:
-    """1 for constant brightness, 0 from a relative flicker of 0.8 on or for an empty clip. A frozen clip is steady."""
-    return [max(0.0, 1 - measure(video).flicker / 0.8) for video in videos]
+    """1 for constant brightness, 0 where it varies by 30 % (standard deviation) or more, and for an empty clip. A frozen
+    clip is steady."""
+    return [max(0.0, 1 - measure(video).flicker / 0.3) for video in videos]
 
 
 def smoothness_reward(prompts, videos, **kwargs) -> list[float]:

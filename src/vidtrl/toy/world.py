@@ -1,7 +1,7 @@
 """The toy world: captioned clips of one moving shape, drawn from a seed.
 
 6 colours x 3 shapes x 4 directions = 72 captions such as "a red circle moving right"; 17 frames of 64x64 pixels. Two
-qualities: `clean`, and `raw` with brightness flicker, position jitter and unreliable captions. A base model pretrained
+qualities: `clean`, and `raw` with brightness flicker, a wobbling path and unreliable captions. A base model pretrained
 on raw clips has headroom on purpose: post-training can raise its prompt following and remove its flicker, and both are
 measured from pixels (`vidtrl.toy.measure`), so that every stage of vidtrl has a true reward on a laptop.
 """
@@ -29,8 +29,9 @@ SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}  # image axes: y points down
 QUALITIES = ("clean", "raw")
 
-RAW_FLICKER = (0.05, 0.2)  # raw frames are brighter and darker in turn, by this share (drawn once a clip)
-RAW_JITTER = (0.1, 0.6)  # and their centre trembles by so many pixels, in a direction drawn once a clip
+RAW_PERIOD = (6.0, 9.0)  # raw clips flicker and wobble with a period of so many frames,
+RAW_FLICKER = (0.25, 0.6)  # losing up to this share of their brightness,
+RAW_WOBBLE = (0.5, 2.5)  # and swaying by so many pixels across their way; each drawn once a clip
 RAW_WRONG_SHAPE = 0.4  # share of raw captions that name another shape
 RAW_VAGUE = 0.1  # share of raw captions that leave an attribute out
 
@@ -52,7 +53,7 @@ def parse_caption(caption: str) -> dict[str, str | None]:
 
 def render(caption: str, quality: str = "clean", seed: int = 0) -> torch.Tensor:
     """
-    Draw one clip. The seed sets size, start, travel and, for `raw`, flicker and jitter.
+    Draw one clip. The seed sets size, start, travel and, for `raw`, flicker and wobble.
 
     Args:
         caption (`str`): One of [`captions`] (any text that names a colour, a shape and a direction).
@@ -84,10 +85,10 @@ def render(caption: str, quality: str = "clean", seed: int = 0) -> torch.Tensor:
     cx, cy = (along, np.full(frames, across)) if dx else (np.full(frames, across), along)
     brightness = np.ones(frames)
     if quality == "raw":
-        turn = (-1.0) ** np.arange(frames)
-        angle, jitter = rng.uniform(0, 2 * np.pi), rng.uniform(*RAW_JITTER)
-        cx, cy = cx + turn * jitter * np.cos(angle), cy + turn * jitter * np.sin(angle)
-        brightness += turn * rng.choice([-1, 1]) * rng.uniform(*RAW_FLICKER)
+        wave = 2 * np.pi * np.arange(frames) / rng.uniform(*RAW_PERIOD)
+        sway = rng.uniform(*RAW_WOBBLE) * np.sin(wave + rng.uniform(0, 2 * np.pi))
+        cx, cy = (cx, cy + sway) if dx else (cx + sway, cy)
+        brightness -= rng.uniform(*RAW_FLICKER) * (0.5 + 0.5 * np.sin(wave + rng.uniform(0, 2 * np.pi)))
 
     yy, xx = np.mgrid[0:size, 0:size] + 0.5
     x, y = xx[None] - cx[:, None, None], yy[None] - cy[:, None, None]
