@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 
 from vidtrl.data import (
+    BucketSampler,
     CachedDataset,
     VideoDataset,
     build_cache,
@@ -388,8 +391,8 @@ assert len(cached) == len(dataset)
 """
 
 
-def start(clips, cache, log, rank=0, world=1, delay=0.0, prelude=""):
-    code = prelude + SCRIPT.format(tests=os.path.dirname(__file__))
+def start(clips, cache, log, rank=0, world=1, delay=0.0):
+    code = SCRIPT.format(tests=os.path.dirname(__file__))
     arguments = [str(x) for x in (clips, cache, rank, world, delay, log)]
     return subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
 
@@ -459,15 +462,19 @@ def test_several_processes_need_a_barrier_and_one_directory(dataset, tmp_path, m
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs file size limits")
 def test_full_disk(twelve, tmp_path):
     """A limit on the size of files stands in for a full disk: both make `write` fail half-way."""
-    cache, log = tmp_path / "cache", tmp_path / "log"
-    dataset = load_video_folder(twelve)
+    import resource
+
+    cache, dataset = tmp_path / "cache", load_video_folder(twelve)
     build(dataset.select(range(4)), cache)
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))\n"
-    process = start(twelve, cache, log, prelude=limit)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode != 0
-    last = error.strip().splitlines()[-1]
-    assert "OSError: cannot write" in last and "What was cached before is intact; free some space and rerun" in last
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
+    try:
+        with pytest.raises(
+            OSError, match="cannot write .*What was cached before is intact; free some space and rerun"
+        ):
+            build(dataset, cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(cache.rglob(".tmp-*"))
     rerun, counted, _ = build(dataset, cache)
     assert counted.clips == 8 and len(rerun) == 12
@@ -483,6 +490,19 @@ def test_foreign_files_are_ignored(dataset, tmp_path, caplog):
     _, counted, _ = build(dataset, tmp_path)
     assert counted.clips == 0 and "foreign.safetensors is damaged and will not be used" in caplog.text
     assert not old.exists()  # what killed processes left behind long ago
+
+
+def test_loader_workers(dataset, tmp_path):
+    cached, _, plan = build(dataset, tmp_path)
+    for clips in (cached, VideoDataset(dataset, plan)):
+        sampler = BucketSampler(clips.buckets, batch_size=2, seed=1)
+        batches = [
+            list(DataLoader(clips, 2, sampler=sampler, num_workers=workers, collate_fn=list)) for workers in (0, 2)
+        ]
+        ids = [[item["sample_id"] for batch in loaded for item in batch] for loaded in batches]
+        assert ids[0] == ids[1] and len(set(ids[0])) == 6
+    copy = pickle.loads(pickle.dumps(cached))  # how a spawned worker gets it
+    assert same(copy[3], cached[3])
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")

@@ -1,5 +1,6 @@
 import json
 import shutil
+import subprocess
 import sys
 import zipfile
 
@@ -203,6 +204,16 @@ def test_a_generator_of_frames():
 
     row = next(iter(standardize_columns(IterableDataset.from_generator(rows))))
     assert row["prompt"] == "a" and read_video(row["video"]).shape == (3, 3, 8, 8)
+
+
+def test_importing_the_package_is_cheap():
+    code = "import sys, vidtrl.data; sys.exit(any(m in sys.modules for m in ('torch', 'datasets', 'av')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    import vidtrl.data
+
+    assert all(hasattr(vidtrl.data, name) for name in vidtrl.data.__all__)
+    with pytest.raises(AttributeError, match="has no attribute"):
+        vidtrl.data.nothing  # noqa: B018
 
 
 def test_a_column_of_image_lists():
