@@ -64,7 +64,8 @@ class CheckReport:
         lines = [self.title, f"  {'check':<{width}}  {'value':>9}  {'limit':>9}  result"]
         for row in self.rows:
             result = "ok" if row.ok else f"FAILED: {row.explanation}"
-            lines.append(f"  {row.check:<{width}}  {row.value:>9.1e}  {row.limit:>9.1e}  {result}")
+            limit = f"{row.limit:.1e}" if row.limit else "> 0"
+            lines.append(f"  {row.check:<{width}}  {row.value:>9.1e}  {limit:>9}  {result}")
         failed = [row.check for row in self.rows if not row.ok]
         if failed:
             lines.append(f"Verdict: FAILED ({', '.join(failed)}). Do not train with this row or checkpoint.")
