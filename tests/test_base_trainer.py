@@ -67,6 +67,15 @@ def test_stock_load_lora_weights_gives_equal_latents(lora_run, directory):
     assert (before - live).abs().max() > 1e-3
 
 
+def test_dora_round_trip(clips, cache_dir, tmp_path):
+    trainer = make_trainer(tmp_path, clips, cache_dir, lora=LoraConfig(r=4, lora_alpha=8, use_dora=True))
+    trainer.train()
+    trainer.save_model()
+    fresh = wan()[0]
+    fresh.load_lora_weights(str(tmp_path))
+    torch.testing.assert_close(sample(fresh), sample(trainer.pipe), rtol=0, atol=1e-5)
+
+
 def test_without_metadata_the_adapter_would_be_rescaled(lora_run, tmp_path):
     trainer, out, _, _ = lora_run
     weights = load_file(out / "pytorch_lora_weights.safetensors")

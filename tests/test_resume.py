@@ -197,3 +197,11 @@ def test_nothing_to_resume_from(clips, cache_dir, tmp_path):
         trainer.train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="no checkpoint directory"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+
+
+def test_a_checkpoint_without_optimizer_is_refused(clips, cache_dir, tmp_path):
+    config = dict(max_steps=1, save_strategy="steps", save_steps=1, save_only_model=True)
+    trainer = make_trainer(tmp_path, clips, cache_dir, **config)
+    trainer.train()
+    with pytest.raises(ValueError, match="save_only_model"):
+        trainer.train(resume_from_checkpoint=True)

@@ -285,6 +285,28 @@ def test_nan_is_skipped_and_counted(clips, cache_dir, tmp_path):
     assert all(p.isfinite().all() for p in trained_weights(trainer).values())
 
 
+class InfiniteGradient(VideoSFTTrainer):
+    def compute_loss(self, model, inputs, **kwargs):
+        loss = super().compute_loss(model, inputs, **kwargs)
+        if self.state.global_step == 1:
+            weight = next(p for p in model.parameters() if p.requires_grad)
+            loss = loss + (weight * 0).abs().sqrt().sum()  # adds 0, with the derivative 0 * inf
+        return loss
+
+
+def test_infinite_gradient_never_reaches_the_weights(clips, cache_dir, tmp_path):
+    for on_nan in ("raise", "skip"):
+        args = make_args(tmp_path / on_nan, cache_dir, on_nan=on_nan)
+        trainer = InfiniteGradient(wan()[0], args, clips, peft_config=LoraConfig(r=4))
+        if on_nan == "raise":
+            with pytest.raises(ValueError, match="gradient is nan at step 2"):
+                trainer.train()
+        else:
+            trainer.train()
+            assert trainer.num_skipped_batches == 1
+        assert all(p.isfinite().all() for p in trained_weights(trainer).values())
+
+
 # ---- Bad input gets a clear error ----
 
 
@@ -443,6 +465,20 @@ def test_streaming_dataset_trains(clips, cache_dir, tmp_path):
     trainer = make_trainer(tmp_path, clips.to_iterable_dataset(), cache_dir)
     trainer.train()
     assert len(trainer.train_dataset) == 6
+
+
+def test_a_pipeline_that_carries_an_adapter_is_refused(clips, cache_dir, tmp_path):
+    pipe = wan()[0]
+    make_trainer(tmp_path / "first", clips, cache_dir, pipe=pipe, cache=False)
+    with pytest.raises(ValueError, match="already carries an adapter"):
+        make_trainer(tmp_path / "second", clips, cache_dir, pipe=pipe)
+
+
+def test_evaluating_other_clips_later(clips, cache_dir, tmp_path):
+    trainer = make_trainer(tmp_path, clips, cache_dir, max_steps=1)
+    first = trainer.evaluate(clips.select([0]))["eval_loss"]
+    assert first != trainer.evaluate(clips.select([4]))["eval_loss"]
+    assert trainer.video_model.pipe.vae is None
 
 
 def test_several_evaluation_sets(clips, cache_dir, tmp_path):

@@ -202,7 +202,7 @@ class VideoTrainingConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, not {value}")
-        unsupported = sorted(set(self.report_to) - {"trackio", "wandb", "tensorboard"})
+        unsupported = sorted(set(self.report_to) - {"trackio", "wandb", "tensorboard", "kubeflow"})
         if unsupported:
             raise ValueError(
                 f"report_to={unsupported} cannot log a diffusers model; use trackio, wandb or tensorboard, "

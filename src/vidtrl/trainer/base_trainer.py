@@ -323,6 +323,8 @@ class VideoTrainer(Trainer):
                 raise ValueError(f"there is no checkpoint to resume from in {args.output_dir!r}")
         if resume_from_checkpoint:
             verify_checkpoint(resume_from_checkpoint, self.model_identity, self._adapter_summary())
+            if not any(Path(resume_from_checkpoint).glob("optimizer*")) and not self.is_deepspeed_enabled:
+                raise ValueError(f"cannot resume from {resume_from_checkpoint}: it was written with save_only_model")
         if args.should_save:
             claim_output_dir(args.output_dir, self.model_identity)
         self._last_log = None
@@ -371,6 +373,19 @@ class VideoTrainer(Trainer):
         self.num_skipped_batches += 1
         # connected to every trainable weight, so that all processes still reduce the same gradients
         return sum((p * 0).sum() for p in self.model.parameters() if p.requires_grad)
+
+    def _clip_grad_norm(self, model: nn.Module):
+        # A finite loss can have a NaN gradient, which would poison the weights and the next checkpoint
+        norm = super()._clip_grad_norm(model)
+        if self.args.fp16 or norm is None or torch.isfinite(torch.as_tensor(norm)):
+            return norm  # float16 overflows now and then: its gradient scaler skips such steps
+        what = f"the gradient is {float(norm)} at step {self.state.global_step + 1}, though the loss is finite"
+        if self.args.on_nan == "raise":
+            raise ValueError(f"{what}. Lower learning_rate, or set on_nan='skip' to leave such steps out")
+        logger.warning(f"{what}: skipped")
+        self.num_skipped_batches += 1
+        model.zero_grad()
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -491,11 +506,10 @@ class VideoTrainer(Trainer):
     def _save_trainer_state(self, directory: Path) -> None:
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
-                name, state = type(callback).__name__, callback.state()
-                if isinstance(self.state.stateful_callbacks[name], list):
-                    self.state.stateful_callbacks[name].append(state)
-                else:
-                    self.state.stateful_callbacks[name] = state
+                states, name = self.state.stateful_callbacks, type(callback).__name__
+                states[name] = (
+                    [*states[name], callback.state()] if isinstance(states[name], list) else callback.state()
+                )
         self.state.save_to_json(str(directory / "trainer_state.json"))
         if self.average is not None:
             raw = {name: p.detach().cpu() for name, p in self.average.parameters.items()}
@@ -585,7 +599,4 @@ class VideoTrainer(Trainer):
             last = self.args.hub_strategy == HubStrategy.CHECKPOINT
             path = "last-checkpoint" if last else os.path.basename(checkpoint_folder)
             jobs.append(upload_folder(folder_path=checkpoint_folder, path_in_repo=path, **common))
-        if busy:
-            self.push_in_progress.jobs.extend(jobs)
-        else:
-            self.push_in_progress = PushInProgress(jobs)
+        self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), *jobs])

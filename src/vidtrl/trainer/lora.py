@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LoraBaseMixin
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -74,8 +75,13 @@ def add_lora(denoiser: nn.Module, config: LoraConfig) -> PeftModel:
         `PeftModel`: A wrapper; the pipeline's own denoiser carries the adapter as well.
 
     Raises:
-        `ValueError`: If a target matches no layer.
+        `ValueError`: If a target matches no layer, or the denoiser already carries an adapter.
     """
+    if any(isinstance(module, BaseTunerLayer) for module in denoiser.modules()):
+        raise ValueError(
+            f"{type(denoiser).__name__} already carries an adapter: merge it first with pipe.fuse_lora() and "
+            "pipe.unload_lora_weights(), or load the pipeline again"
+        )
     targets = config.target_modules
     if targets is None:
         config = dataclasses.replace(config, target_modules=default_target_modules(denoiser))

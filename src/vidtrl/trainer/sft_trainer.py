@@ -107,6 +107,7 @@ class VideoSFTTrainer(VideoTrainer):
             raise TypeError(f"args must be a VideoSFTConfig, not {type(args).__name__}")
         if train_dataset is None:
             raise ValueError("train_dataset is required: a datasets.Dataset with the columns prompt and video")
+        self._clips: dict[str, tuple] = {}  # split -> dataset and plan
         super().__init__(
             model,
             args,
@@ -142,6 +143,9 @@ class VideoSFTTrainer(VideoTrainer):
         if isinstance(dataset, (CachedDataset, VideoDataset)):
             return dataset
         args, model = self.args, self.video_model
+        offloaded = model.pipe.vae is None  # for a dataset that comes later, such as one passed to `evaluate`
+        if offloaded:
+            model.restore_encoders()
         dataset = standardize_columns(dataset)
         plan = plan_dataset(
             dataset,
@@ -176,11 +180,10 @@ class VideoSFTTrainer(VideoTrainer):
             tqdm.write(f"{split} {plan}")
             os.makedirs(args.output_dir, exist_ok=True)
             plan.to_json(os.path.join(args.output_dir, f"plan_{split}.json"))
-        if self._clips is None:
-            self._clips = dataset, plan
+        if offloaded:
+            model.offload_encoders()
+        self._clips[split] = dataset, plan
         return prepared
-
-    _clips: tuple | None = None
 
     def condition(self, row: dict, height: int, width: int, num_frames: int) -> Condition:
         """The condition of one dataset row, as the stock pipeline prepares it."""
@@ -357,12 +360,14 @@ class VideoSFTTrainer(VideoTrainer):
         if self.args.validation_prompts:
             return self.args.validation_prompts
         dataset = self.eval_dataset if isinstance(self.eval_dataset, DrawDataset) else self.train_dataset
-        prompts: dict[str, None] = {}
+        prompts: list[str] = []
         for index in range(len(dataset)):
-            prompts[dataset.dataset[index]["prompt"]] = None
+            prompt = dataset.dataset[index]["prompt"]
+            if prompt not in prompts or self.video_model.family.image:  # the i-th image belongs to the i-th prompt
+                prompts.append(prompt)
             if len(prompts) == self.args.num_validation_videos:
                 break
-        return list(prompts)
+        return prompts
 
     def validation_shape(self) -> tuple[int, int, int]:
         args = self.args
@@ -374,12 +379,13 @@ class VideoSFTTrainer(VideoTrainer):
         return height, width, num_frames
 
     def validation_fps(self) -> float:
-        return self.args.fps or (self._clips and self._clips[1].samples[0].fps) or 16
+        plans = [plan for _, plan in self._clips.values()]
+        return self.args.fps or (plans and plans[0].samples[0].fps) or 16
 
     def validation_image(self, index: int) -> Image.Image | None:
         if not self.video_model.family.image:
             return None
-        dataset, plan = self._clips
+        dataset, plan = self._clips["eval" if "eval" in self._clips else "train"]
         item = VideoDataset(dataset, plan)[index % len(plan.samples)]
         return item["image"] if item.get("image") is not None else first_frame(item["video"])
 
