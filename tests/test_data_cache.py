@@ -373,7 +373,7 @@ from pathlib import Path
 from test_data_cache import Encoders, FIXED, FINGERPRINT
 from vidtrl.data import build_cache, load_video_folder, plan_dataset, store
 store.SHARD_ENTRIES = 2
-clips, cache, rank, world, delay, log = sys.argv[1:]
+clips, cache, rank, world, delay, log, stream = sys.argv[1:]
 rank, world, step = int(rank), int(world), 0
 
 def wait():  # a barrier over the file system
@@ -383,17 +383,20 @@ def wait():  # a barrier over the file system
     while not all(os.path.exists(log + f".{{step}}.{{r}}") for r in range(world)):
         time.sleep(0.01)
 
-dataset = load_video_folder(clips)
+dataset, columns = load_video_folder(clips), ("prompt",)
+if stream == "stream":
+    dataset, columns = dataset.to_iterable_dataset(), ("prompt", "image")
 encoders = Encoders(float(delay), f"{{log}}-{{rank}}.txt")
 cached = build_cache(dataset, plan_dataset(dataset, **FIXED), encoders.encode, encoders.condition, cache_dir=cache,
-                     fingerprint=FINGERPRINT, process_index=rank, num_processes=world, wait=wait)
-assert len(cached) == len(dataset)
+                     fingerprint=FINGERPRINT, process_index=rank, num_processes=world, wait=wait,
+                     condition_columns=columns)
+assert len(cached) == 12
 """
 
 
-def start(clips, cache, log, rank=0, world=1, delay=0.0):
+def start(clips, cache, log, rank=0, world=1, delay=0.0, stream="plain"):
     code = SCRIPT.format(tests=os.path.dirname(__file__))
-    arguments = [str(x) for x in (clips, cache, rank, world, delay, log)]
+    arguments = [str(x) for x in (clips, cache, rank, world, delay, log, stream)]
     return subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
 
 
@@ -429,9 +432,10 @@ def test_resumes_after_kill_9(twelve, tmp_path):
     assert all(same(resumed[i], fresh[i]) for i in range(12))
 
 
-def test_two_processes_share_the_work(twelve, tmp_path):
+@pytest.mark.parametrize("stream", ["plain", "stream"])
+def test_two_processes_share_the_work(twelve, tmp_path, stream):
     cache, log = tmp_path / "cache", tmp_path / "log"
-    processes = [start(twelve, cache, log, rank, 2, delay=0.02) for rank in range(2)]
+    processes = [start(twelve, cache, log, rank, 2, delay=0.02, stream=stream) for rank in range(2)]
     for process in processes:
         _, error = process.communicate(timeout=120)
         assert process.returncode == 0, error
@@ -439,9 +443,11 @@ def test_two_processes_share_the_work(twelve, tmp_path):
     assert len(lines) == len(set(lines)) == 12  # every clip once, in one process or the other
     assert {p.name.split("-")[1] for p in cache.glob("*/latents-*")} == {"r0", "r1"}
     dataset = load_video_folder(twelve)
-    shared, counted, _ = build(dataset, cache)
-    alone, _, _ = build(dataset, tmp_path / "other")
-    assert counted.clips == 0 and all(same(shared[i], alone[i]) for i in range(12))
+    columns = ("prompt", "image") if stream == "stream" else ("prompt",)
+    shared, counted, _ = build(dataset, cache, condition_columns=columns)
+    alone, _, _ = build(dataset, tmp_path / "other", condition_columns=columns)
+    assert counted.clips == 0 and counted.prompts == []
+    assert all(same(shared[i], alone[i]) for i in range(12))
 
 
 def test_several_processes_need_a_barrier_and_one_directory(dataset, tmp_path, monkeypatch):

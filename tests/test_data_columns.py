@@ -116,6 +116,7 @@ def test_the_first_name_wins():
             ("prompt", "vidoe"),
             r'no "video" column.*Did you mean "vidoe"\? Use dataset.rename_column\("vidoe", "video"\)',
         ),
+        (("prompt", "image", "vidoe"), r'Did you mean "vidoe"\?'),  # not a dataset of images
         (("prompt", "clip"), r'no "video" column; its columns are: prompt, clip.*file_name, video_path, path'),
     ],
 )

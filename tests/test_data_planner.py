@@ -161,6 +161,20 @@ def test_unknown_frame_rate_is_said():
     assert "frame rate unknown" in plan.rows[0].reason and plan.rows[0].target_fps is None
 
 
+def test_stated_frame_rates_may_be_text():
+    row = {"prompt": "p", "video": clip(17, 64, 64)}
+    for fps, seconds in (("8", 17 / 8), (None, None), ("", None), (16, 17 / 16)):
+        plan = plan_dataset([{**row, "fps": fps}], **FIXED)
+        assert plan.rows[0].fps == (17 / seconds if seconds else None)
+    for fps, message in (
+        ("fast", "'fast', which is no number"),
+        (-1, "is stated as -1"),
+        (float("nan"), "stated as nan"),
+    ):
+        plan = plan_dataset([row, {**row, "fps": fps}], **FIXED, max_bad_fraction=0.5, quiet=True)
+        assert message in plan.rows[1].reason
+
+
 def test_buckets_by_aspect_length_and_size():
     spec = dict(resolution=[64, 128], token_budget=2000)
     rows = rows_of(

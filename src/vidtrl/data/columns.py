@@ -53,7 +53,7 @@ def standardize_columns(dataset, *, root: str | os.PathLike | None = None, promp
     columns = _column_names(dataset)
     if not prompts_only:
         video = _find(columns, "video")
-        if video is None and "image" in columns:
+        if video is None and "image" in columns and _nearest("video", columns) is None:
             video = "image"
         if video is None:
             raise ValueError(_missing("video", columns))
@@ -159,12 +159,20 @@ def _find(columns: Iterable[str], target: str) -> str | None:
 
 def _missing(target: str, columns: list[str]) -> str:
     message = f'the dataset has no "{target}" column; its columns are: {", ".join(columns)}.'
-    for name in ALIASES[target]:  # "vidoe" resembles "video"
-        near = difflib.get_close_matches(name, columns, n=1, cutoff=0.7)
-        if near:
-            return f'{message} Did you mean "{near[0]}"? Use dataset.rename_column("{near[0]}", "{target}").'
+    near = _nearest(target, columns)
+    if near is not None:
+        return f'{message} Did you mean "{near}"? Use dataset.rename_column("{near}", "{target}").'
     others = ", ".join(ALIASES[target][1:])
     return f'{message} Rename one with dataset.rename_column("...", "{target}"); {others} are understood too.'
+
+
+def _nearest(target: str, columns: list[str]) -> str | None:
+    """A column that looks like a misspelt name of `target`."""
+    for name in ALIASES[target]:
+        near = difflib.get_close_matches(name, columns, n=1, cutoff=0.7)
+        if near:
+            return near[0]
+    return None
 
 
 def _rename(dataset, columns, old, new):

@@ -238,7 +238,7 @@ def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
         table = pq.read_table(path)
         if table.schema.names == schema.names:
             return table.cast(schema)
-    except FileNotFoundError:
+    except FileNotFoundError:  # not written yet, or merged away by another run
         pass
     except pa.ArrowInvalid as error:
         logger.warning("%s is damaged and will be rebuilt: %s", path, error)

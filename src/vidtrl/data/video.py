@@ -227,6 +227,12 @@ def source_name(source) -> str:
 def _open(source, fps):
     """Wrap a source as an object with `.name`, `.info`, `.frames(indices)` and `.shown_at(seconds)`."""
     name = source_name(source)
+    try:
+        fps = float(fps or 0) or None  # a CSV file gives text
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the frame rate of {name} is stated as {fps!r}, which is no number") from error
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"the frame rate of {name} is stated as {fps}; leave it empty where it is not known")
     if isinstance(source, dict):
         source = source.get("bytes") if source.get("bytes") is not None else source.get("path")
     if isinstance(source, (str, os.PathLike)):
