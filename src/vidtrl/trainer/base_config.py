@@ -71,7 +71,7 @@ class VideoTrainingConfig(TrainingArguments):
     > [!NOTE]
     > Defaults that differ from [`~transformers.TrainingArguments`]: `learning_rate=1e-4`, `logging_steps=10`,
     > `gradient_checkpointing=True`, `bf16=None` (on where the accelerator supports it), `remove_unused_columns=False`,
-    > `save_safetensors` layouts of diffusers.
+    > `logging_nan_inf_filter=False`.
 
     Example:
 

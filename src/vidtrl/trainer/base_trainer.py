@@ -504,12 +504,11 @@ class VideoTrainer(Trainer):
             )
 
     def _save_trainer_state(self, directory: Path) -> None:
+        states: dict[str, list[dict]] = {}
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
-                states, name = self.state.stateful_callbacks, type(callback).__name__
-                states[name] = (
-                    [*states[name], callback.state()] if isinstance(states[name], list) else callback.state()
-                )
+                states.setdefault(type(callback).__name__, []).append(callback.state())
+        self.state.stateful_callbacks = {name: s[0] if len(s) == 1 else s for name, s in states.items()}
         self.state.save_to_json(str(directory / "trainer_state.json"))
         if self.average is not None:
             raw = {name: p.detach().cpu() for name, p in self.average.parameters.items()}
