@@ -75,10 +75,11 @@ def build_vae():
     return vae
 
 
-def train_vae(out, image_steps, video_steps, seed=0):
+def train_vae(out, image_steps, video_steps, decoder_steps, seed=0):
+    """Images first (cheap, and where colour and outline are learned), then clips, then the decoder alone."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
-    vae = build_vae()
+    vae = build_vae() if image_steps else AutoencoderKLWan.from_pretrained(out / "vae", torch_dtype=torch.float32)
     ema = copy.deepcopy(vae).requires_grad_(False)
     held_out = [world.render(c, q, 10**8 + i) for i, c in enumerate(CAPTIONS) for q in ("clean", "raw")]
     held_out, start = torch.stack(held_out).permute(0, 2, 1, 3, 4) / 127.5 - 1, time.time()
@@ -87,15 +88,15 @@ def train_vae(out, image_steps, video_steps, seed=0):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             return torch.cat([model.decode(model.encode(p).latent_dist.mode()).sample for p in x.split(12)]).float()
 
-    def fit(steps, lr, batches, label, report_every):
-        optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4, betas=(0.9, 0.99))
+    def fit(steps, lr, batches, label):
+        optimizer = torch.optim.AdamW((p for p in vae.parameters() if p.requires_grad), lr=lr, betas=(0.9, 0.99))
         for step in range(steps):
             for group in optimizer.param_groups:
                 cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
                 group["lr"] = lr * min(1, (step + 1) / 50) * (0.02 + 0.98 * cosine)
-            x = batches(step)
+            x, z = batches(step)
             with torch.autocast("cpu", torch.bfloat16):
-                z = vae.encode(x).latent_dist.mode()
+                z = vae.encode(x).latent_dist.mode() if z is None else z
                 y = vae.decode(z + 0.05 * torch.randn_like(z)).sample
             # the shape covers a tenth of the picture: weigh the area that it passes through
             weight = 1 + 4 * ((x - x.amin((3, 4), keepdim=True)).abs().amax(1, keepdim=True) > 0.2)
@@ -110,19 +111,35 @@ def train_vae(out, image_steps, video_steps, seed=0):
             with torch.no_grad():
                 decay = min(0.995, (1 + step) / (10 + step))
                 torch._foreach_lerp_(list(ema.parameters()), list(vae.parameters()), 1 - decay)
-            if (step + 1) % report_every == 0 or step + 1 == steps:
-                x = held_out if label == "video" else held_out[:, :, 8:9]
+            if (step + 1) % 200 == 0 or step + 1 == steps:
+                x = held_out[:, :, 8:9] if label == "image" else held_out
                 y = reconstruct(ema, x)
                 psnr = 10 * math.log10(4 / (y - x).square().mean())
                 quality = ""
-                if label == "video":
+                if label != "image":
                     quality = {q: score(to_unit(y[i::2]), CAPTIONS) for i, q in enumerate(("clean", "raw"))}
                     save_vae(ema, out / "vae")
                 print(f"vae {label} step {step + 1} {time.time() - start:.0f}s loss {loss.item():.4f} psnr {psnr:.2f} {quality}", flush=True)  # fmt: skip
 
-    frames = clips(range(5 * 10**8, 5 * 10**8 + 400), rng, raw_share=0.5)[0].permute(0, 2, 1, 3, 4).flatten(0, 1)
-    fit(image_steps, 3e-3, lambda _: frames[torch.randint(len(frames), (24,))][:, :, None], "image", 150)
-    fit(video_steps, 1.5e-3, lambda i: clips(range(4 * i, 4 * i + 4), rng, raw_share=0.5)[0], "video", 100)
+    if image_steps:
+        frames = clips(range(5 * 10**8, 5 * 10**8 + 400), rng, 0.5)[0].permute(0, 2, 1, 3, 4).flatten(0, 1)
+        fit(image_steps, 3e-3, lambda _: (frames[torch.randint(len(frames), (24,))][:, :, None], None), "image")
+    if video_steps:
+        fit(video_steps, 1.5e-3, lambda i: (clips(range(4 * i, 4 * i + 4), rng, 0.5)[0], None), "video")
+    if decoder_steps:  # latents stay as they are, so a model may be trained on them meanwhile
+        vae.load_state_dict(ema.state_dict())
+        vae.requires_grad_(False)
+        vae.decoder.requires_grad_(True)
+        vae.post_quant_conv.requires_grad_(True)
+        x = torch.cat([clips(range(4 * 10**8 + i, 4 * 10**8 + i + 20), rng, 0.5)[0] for i in range(0, 1600, 20)])
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            z = torch.cat([vae.encode(part).latent_dist.mode() for part in x.split(20)]).float()
+
+        def pick(_):
+            index = torch.randint(len(x), (4,))
+            return x[index], z[index]
+
+        fit(decoder_steps, 1.5e-3, pick, "decoder")
 
 
 @torch.no_grad()
@@ -155,7 +172,7 @@ def embed(tokenizer, text_encoder, texts, length):
     return torch.nn.functional.pad(hidden, (0, 0, 0, length - 16))
 
 
-def train_model(out, steps, num_clips=6000, batch_size=16, lr=1.5e-3, seed=0):
+def train_model(out, steps, num_clips=4000, batch_size=16, lr=1.5e-3, seed=0):
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 2])
     vae = AutoencoderKLWan.from_pretrained(out / "vae", torch_dtype=torch.float32).eval()
@@ -298,13 +315,14 @@ if __name__ == "__main__":
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the numbers and pictures go")
     parser.add_argument("--stage", choices=["all", "vae", "model", "report"], default="all")
     parser.add_argument("--image_steps", type=int, default=900)
-    parser.add_argument("--video_steps", type=int, default=2600)
+    parser.add_argument("--video_steps", type=int, default=1800)
+    parser.add_argument("--decoder_steps", type=int, default=1200)
     parser.add_argument("--model_steps", type=int, default=12000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     if args.stage in ("all", "vae"):
-        train_vae(args.output, args.image_steps, args.video_steps, seed=args.seed)
+        train_vae(args.output, args.image_steps, args.video_steps, args.decoder_steps, seed=args.seed)
     if args.stage in ("all", "model"):
         train_model(args.output, args.model_steps, seed=args.seed)
     if args.stage in ("all", "report"):
