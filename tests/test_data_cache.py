@@ -119,6 +119,41 @@ def test_prompts_are_encoded_once(folder, tmp_path):
     assert counted.clips == 2
 
 
+def test_what_conditions_share_is_stored_once(dataset, tmp_path, caplog):
+    """Tensors named `shared.*`, such as rotary tables: 9 MB a prompt in CogVideoX."""
+
+    class Rotary(Encoders):
+        def condition(self, row, height, width, num_frames):
+            tensors, meta = super().condition(row, height, width, num_frames)
+            table = torch.arange(num_frames * 10_000).view(num_frames, -1) / height
+            return {**tensors, "shared.rope.0": table, "shared.rope.1": table + 1, "shared.again": table.clone()}, meta
+
+    def size(directory):
+        return sum(p.stat().st_size for p in directory.rglob("*.safetensors") if "latents" not in p.name)
+
+    cached, counted, _ = build(dataset, tmp_path / "a", Rotary())
+    assert len(counted.prompts) == 7  # six and the empty one
+    (directory,) = (tmp_path / "a").glob("tiny-video-*")
+    files = sorted(directory.glob("shared.*.safetensors"))
+    one = 17 * 10_000 * 4
+    assert len(files) == 2 and 2 * one < size(directory) < 2.1 * one
+    expected = Rotary().condition({"prompt": cached[0]["prompt"]}, 64, 64, 17)[0]
+    for tensors, _ in (cached[0]["condition"], cached[5]["condition"], cached.empty_condition(3)):
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[n], expected[n]) for n in expected if n.startswith("shared."))
+    assert torch.equal(cached[0]["condition"][0]["text"], expected["text"])
+    _, counted, _ = build(dataset, tmp_path / "a", Rotary())
+    assert counted.prompts == []
+    # another shape has another table
+    _, counted, _ = build(dataset, tmp_path / "a", Rotary(), rules={**FIXED, "num_frames": 13})
+    assert len(counted.prompts) == 7 and len(list(directory.glob("shared.*"))) == 4
+    for number, damage in enumerate((Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9]))):
+        damage(files[0])
+        again, counted, _ = build(dataset, tmp_path / "a", Rotary())
+        assert len(counted.prompts) == 7 and counted.clips == 0 and all(same(again[i], cached[i]) for i in range(6))
+        assert ("damaged and will be made again" in caplog.text) == bool(number)
+
+
 def test_what_the_directory_holds(dataset, tmp_path):
     build(dataset, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} - {"files.parquet"} == {p.name for p in tmp_path.glob("tiny-video-*")}
@@ -423,6 +458,9 @@ def test_resumes_after_kill_9(twelve, tmp_path):
         process.stderr.close()
     (directory,) = cache.glob("tiny-video-*")
     (directory / ".tmp-1234-latents-r0-00009.safetensors").write_bytes(b"half a shard")  # as if killed while writing
+    entries = {"entries": json.dumps([{"key": "k"}])}  # complete, but another run is about to rename it
+    save_file({"x": torch.zeros(1)}, directory / ".tmp-5678-latents-r1-00000.safetensors", entries)
+    assert not store_module.Store(directory, 0).has("k")
     written = len(list(directory.glob("latents-*.safetensors"))) * 2
     assert 4 <= written < 12 and not (directory / "index.parquet").exists()
     dataset = load_video_folder(twelve)

@@ -8,6 +8,7 @@ cache_dir/
   wan2.1-t2v-1.3b-3f9c0a6e51d2/                   one model and revision (`fingerprint.json` says which)
     latents-r0-00000-9d41c2aa.safetensors         <key>/mean, <key>/std: the posterior, normalised, float16
     conditions-r0-00000-9d41c2aa.safetensors      <key>/...: what the denoiser gets besides latents and timestep
+    shared.5c1e....safetensors                    a tensor that many conditions share (rotary tables), by its hash
     index.parquet                                 key, kind, shard, clip, window, shape, prompt
 ```
 
@@ -41,7 +42,7 @@ from .video import load_image
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # part of every key: a change in what is stored must change it
+FORMAT = 2  # part of every key: a change in what is stored must change it
 WAIT_SECONDS = 10.0  # a network file system shows the files of other nodes with a delay
 TEMPORARY_SECONDS = 24 * 3600  # older temporary files were left by killed processes
 _LATENTS, _CONDITION, _EMPTY = range(3)  # the three keys of an item
@@ -149,7 +150,8 @@ def build_cache(
         encode (`Callable`): `encode(videos) -> (mean, std)`: a list of one float32 `(F, C, H, W)` clip in [0, 1] to
             normalised `(1, C, f, h, w)` posterior statistics, such as `VideoModel.encode`. `None` with `text_only`.
         condition (`Callable`): `condition(row, height, width, num_frames) -> (tensors, meta)`; `row` holds the
-            `condition_columns` only, and `meta` must be JSON-able.
+            `condition_columns` only, and `meta` must be JSON-able. Tensors whose names begin with `shared.` are
+            stored once for all conditions that have them alike.
         cache_dir (`str` or `PathLike`): May be shared by models, runs and processes.
         fingerprint (`dict`): JSON-able; everything about the model that changes what the two functions return: name,
             revision, dtype, maximum sequence length. `fingerprint["model"]` names the directory.

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from .video import read_video
 
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 TEMPORARY = ".tmp-"
 INDEX = "index.parquet"
+SHARED = "shared."  # tensors so named are alike for many entries (rotary tables): each is a file of its own
 SHARD_BYTES = 64 * 2**20
 SHARD_ENTRIES = 64
 SHARD_SECONDS = 60.0  # a killed run loses a minute of work at most, plus the clip at hand
@@ -35,7 +36,7 @@ RACY_NS = 2 * 10**9  # a file changed so recently may change again within the cl
 _SCHEMA = pa.schema(
     [("key", pa.string()), ("kind", pa.string()), ("shard", pa.string()), ("shard_size", pa.int64())]
     + [("sample_id", pa.string()), ("start", pa.int64()), ("fps", pa.float64()), ("num_frames", pa.int64())]
-    + [("height", pa.int64()), ("width", pa.int64()), ("prompt", pa.string())]
+    + [("height", pa.int64()), ("width", pa.int64()), ("prompt", pa.string()), ("shared", pa.list_(pa.string()))]
 )
 _FILES = pa.schema(
     [("path", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64()), ("ctime_ns", pa.int64())]
@@ -54,14 +55,19 @@ class Store:
 
     def load(self) -> None:
         """Learn what is on disk: the index, and the headers of the shards that it does not list."""
-        sizes = {p.name: p.stat().st_size for p in self.directory.glob("*.safetensors")}
+        paths = [p for p in self.directory.glob("*.safetensors") if not p.name.startswith(TEMPORARY)]
+        sizes = {p.name: p.stat().st_size for p in paths}
+        self.shared = {name for name in sizes if name.startswith(SHARED) and self._readable(name)}
+        sizes = {name: size for name, size in sizes.items() if not name.startswith(SHARED)}
         table = _read_table(self.directory / INDEX, _SCHEMA)
         intact = [sizes.get(s) == n for s, n in zip(table["shard"], table["shard_size"], strict=True)]
         table = table.filter(pa.array(intact, pa.bool_()))
         listed, rows = set(table["shard"].unique().to_pylist()), []
         for name in sorted(sizes.keys() - listed - self.damaged):
             rows += self._header(name, sizes[name])
-        self.table = pa.concat_tables([table, pa.Table.from_pylist(rows, schema=_SCHEMA)])
+        table = pa.concat_tables([table, pa.Table.from_pylist(rows, schema=_SCHEMA)])
+        whole = [self.shared.issuperset(names or ()) for names in table["shared"].to_pylist()]
+        self.table = table.filter(pa.array(whole, pa.bool_()))
         self.where = dict(zip(self.table["key"].to_pylist(), self.table["shard"].to_pylist(), strict=True))
 
     def _header(self, name, size) -> list[dict]:
@@ -74,6 +80,14 @@ class Store:
             return []
         return [{**row, "shard": name, "shard_size": size} for row in rows]
 
+    def _readable(self, name) -> bool:
+        try:
+            with safe_open(self.directory / name, framework="pt"):
+                return True
+        except SafetensorError as error:
+            logger.warning("%s is damaged and will be made again: %s", self.directory / name, error)
+            return False
+
     def has(self, key: str) -> bool:
         """Whether the entry is on disk or about to be written."""
         return key in self.where or any(key in entries for entries in self.pending.values())
@@ -84,13 +98,25 @@ class Store:
 
     def add(self, kind: str, key: str, tensors: dict, meta: dict, info: dict) -> None:
         """Keep an entry for the next shard of its kind; write it when the shard is large or old enough."""
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        own = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items() if not n.startswith(SHARED)}
+        shared = {n: self._add_shared(t.detach().cpu().contiguous()) for n, t in tensors.items() if n not in own}
         entries = self.pending.setdefault(kind, {})
-        entries[key] = (tensors, json.dumps(meta), {"key": key, "kind": kind, **info})
-        self.bytes += sum(t.numel() * t.element_size() for t in tensors.values())
+        record = json.dumps({"meta": meta, "shared": shared})
+        entries[key] = (own, record, {"key": key, "kind": kind, "shared": sorted(set(shared.values())), **info})
+        self.bytes += sum(t.numel() * t.element_size() for t in own.values())
         late = time.monotonic() - self.since >= SHARD_SECONDS
         if self.bytes >= SHARD_BYTES or len(entries) >= SHARD_ENTRIES or late:
             self.flush()
+
+    def _add_shared(self, tensor) -> str:
+        """Write a tensor unless it is there; its name is its content, so that it cannot be stale."""
+        digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        name = f"{SHARED}{digest.hexdigest()[:32]}.safetensors"
+        if name not in self.shared:
+            write_atomic(self.directory / name, lambda path: save_file({"tensor": tensor}, path))
+            self.shared.add(name)
+        return name
 
     def flush(self) -> None:
         """Write what is pending."""
@@ -98,7 +124,7 @@ class Store:
             entries = self.pending.pop(kind)
             name = f"{kind}-r{self.rank}-{self.count:05d}-{self.writer}.safetensors"
             tensors = {f"{key}/{n}": t for key, (part, *_) in entries.items() for n, t in part.items()}
-            metadata = {key: meta for key, (_, meta, _) in entries.items()}
+            metadata = {key: record for key, (_, record, _) in entries.items()}
             metadata["entries"] = json.dumps([info for *_, info in entries.values()])
             write_atomic(self.directory / name, lambda path, t=tensors, m=metadata: save_file(t, path, m))
             self.where.update(dict.fromkeys(entries, name))
@@ -189,9 +215,12 @@ def read_entry(path: str, key: str) -> tuple[dict[str, torch.Tensor], dict]:
         `tuple`: `(tensors, meta)`.
     """
     with safe_open(path, framework="pt") as file:
-        meta = json.loads(file.metadata()[key])
+        record = json.loads(file.metadata()[key])
         names = [name for name in file.keys() if name.startswith(key)]
-        return {name[len(key) + 1 :]: file.get_tensor(name).clone() for name in names}, meta
+        tensors = {name[len(key) + 1 :]: file.get_tensor(name).clone() for name in names}
+    for name, shared in record["shared"].items():
+        tensors[name] = load_file(os.path.join(os.path.dirname(path), shared))["tensor"].clone()
+    return tensors, record["meta"]
 
 
 def write_atomic(path: Path, content) -> None:

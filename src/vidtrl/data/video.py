@@ -61,6 +61,8 @@ def write_video(path, frames, fps: float, crf: int = 16) -> None:
     """
     Write an h264 mp4 that browsers play (`yuv420p`; odd sizes, which it cannot hold, are written as `yuv444p`).
 
+    The same frames always give the same bytes.
+
     Args:
         path (`str`, `PathLike` or binary file): Where to write. Parent directories must exist.
         frames (`torch.Tensor` or `np.ndarray`): `(F, 3, H, W)`, uint8, or float in [0, 1].
@@ -82,8 +84,10 @@ def write_video(path, frames, fps: float, crf: int = 16) -> None:
     target = path if hasattr(path, "write") else os.fspath(path)
     pix_fmt = "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
     reformatter = VideoReformatter()
+    # without cpu-independent, some clips in a hundred differ from one encoding to the next
+    options = {"crf": str(crf), "x264-params": "cpu-independent=1"}
     with av.open(target, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf)})
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.thread_count = 1  # faster for short clips, and one picture whatever the machine
         codec = stream.codec_context  # untagged colours are a guess of each player
