@@ -221,7 +221,8 @@ def test_batch_split_does_not_matter(clips, cache_dir, tmp_path):
         torch.testing.assert_close(trained_weights(split)[name], value, rtol=1e-3, atol=1e-5)
 
 
-def test_load_best_model_at_end_restores_the_best_weights(clips, cache_dir, tmp_path):
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_load_best_model_at_end_restores_the_best_weights(clips, cache_dir, tmp_path, ema_decay):
     # the loss falls from the start, so calling the largest one best makes the last checkpoint a wrong answer
     trainer = make_trainer(
         tmp_path,
@@ -230,6 +231,7 @@ def test_load_best_model_at_end_restores_the_best_weights(clips, cache_dir, tmp_
         eval_clips=clips.select(range(3)),
         max_steps=4,
         greater_is_better=True,
+        ema_decay=ema_decay,
         eval_strategy="steps",
         save_strategy="steps",
         eval_steps=1,
@@ -262,6 +264,8 @@ def test_trainer_defaults_that_fit_diffusers(clips, cache_dir, tmp_path):
     assert trainer.args.remove_unused_columns is False
     assert trainer.args.ddp_find_unused_parameters is False
     assert trainer.processing_class is None
+    # without an accelerator torch would warn at every loader; the Trainer's own rule needs use_cpu=True
+    assert VideoSFTConfig("x").dataloader_pin_memory is torch.accelerator.is_available()
     assert VideoSFTTrainer.loss_is_scaled_for_ga is False
     # Trainer writes `use_cache` into the model's configuration, which diffusers means to freeze
     trainer.video_model.pipe.transformer.save_config(tmp_path / "config")

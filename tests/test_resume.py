@@ -177,6 +177,15 @@ def test_checkpoint_of_another_adapter_is_refused(clips, cache_dir, tmp_path, ch
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
+def test_resuming_on_other_clips_is_refused(clips, cache_dir, tmp_path, checkpoint):
+    fewer = make_trainer(tmp_path / "fewer", clips.select(range(5)), cache_dir, max_steps=2)
+    with pytest.raises(ValueError, match="other clips. data.num_clips: this run has 5, the directory has 6"):
+        fewer.train(resume_from_checkpoint=str(checkpoint))
+    reordered = make_trainer(tmp_path / "reordered", clips.select([1, 0, 2, 3, 4, 5]), cache_dir, max_steps=2)
+    with pytest.raises(ValueError, match="names and shapes.*pipe.fuse_lora"):
+        reordered.train(resume_from_checkpoint=str(checkpoint))
+
+
 def other_model():
     pipe = wan()[0]
     pipe.register_modules(transformer=tiny_wan_transformer(seed=1))

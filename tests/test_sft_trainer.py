@@ -285,6 +285,31 @@ def test_nan_is_skipped_and_counted(clips, cache_dir, tmp_path):
     assert all(p.isfinite().all() for p in trained_weights(trainer).values())
 
 
+class Recorded(VideoSFTTrainer):
+    def compute_loss(self, model, inputs, **kwargs):
+        loss = super().compute_loss(model, inputs, **kwargs)
+        if not inputs["sample_ids"][0].startswith("2."):
+            self.counted.append(loss.item())
+        return loss
+
+
+def test_logged_loss_is_the_mean_of_what_counted(clips, cache_dir, tmp_path):
+    config = dict(on_nan="skip", per_device_train_batch_size=1, gradient_accumulation_steps=2, logging_steps=3)
+    args = make_args(tmp_path, cache_dir, **config)
+    trainer = Recorded(wan()[0], args, clips, peft_config=LoraConfig(r=4))
+    trainer.counted, trainer.train_dataset = [], Poisoned(trainer.train_dataset.dataset)
+    trainer.train()
+    assert len(trainer.counted) == 5  # of six micro-batches
+    assert losses(trainer) == [pytest.approx(sum(trainer.counted) / 5, rel=1e-5)]
+    # the step whose only batch was skipped has no loss
+    config |= dict(gradient_accumulation_steps=1, logging_steps=1, max_steps=6)
+    args = make_args(tmp_path / "one", cache_dir, **config)
+    trainer = Recorded(wan()[0], args, clips, peft_config=LoraConfig(r=4))
+    trainer.counted, trainer.train_dataset = [], Poisoned(trainer.train_dataset.dataset)
+    trainer.train()
+    assert losses(trainer) == pytest.approx(trainer.counted) and len(trainer.counted) == 5
+
+
 class InfiniteGradient(VideoSFTTrainer):
     def compute_loss(self, model, inputs, **kwargs):
         loss = super().compute_loss(model, inputs, **kwargs)

@@ -83,6 +83,11 @@ class CachedDataset(Dataset):
         """The bucket of each item, for [`BucketSampler`]."""
         return self._bucket.tolist()
 
+    @property
+    def sample_ids(self) -> list[str]:
+        """The name of each item."""
+        return self._sample_id.to_pylist()
+
     def __len__(self) -> int:
         return len(self._bucket)
 

@@ -42,6 +42,11 @@ class VideoDataset(Dataset):
         """The bucket of each item."""
         return [sample.bucket for sample in self.samples]
 
+    @property
+    def sample_ids(self) -> list[str]:
+        """The name of each item."""
+        return [sample.sample_id for sample in self.samples]
+
     def __len__(self) -> int:
         return len(self.samples)
 

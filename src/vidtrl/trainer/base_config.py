@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -51,7 +52,7 @@ class VideoTrainingConfig(TrainingArguments):
             holds after `train()`. `None` keeps no average.
         on_nan (`str`, *optional*, defaults to `"raise"`):
             What a NaN or infinite loss does: `"raise"` stops the run and names step and samples, `"skip"` drops the
-            micro-batch and counts it in the metric `num_skipped_batches`.
+            micro-batch, leaves it out of the logged loss and counts it in the metric `num_skipped_batches`.
 
         > Parameters that control validation videos
 
@@ -71,7 +72,7 @@ class VideoTrainingConfig(TrainingArguments):
     > [!NOTE]
     > Defaults that differ from [`~transformers.TrainingArguments`]: `learning_rate=1e-4`, `logging_steps=10`,
     > `gradient_checkpointing=True`, `bf16=None` (on where the accelerator supports it), `remove_unused_columns=False`,
-    > `logging_nan_inf_filter=False`.
+    > `logging_nan_inf_filter=False`, `dataloader_pin_memory=None` (on where there is an accelerator).
 
     Example:
 
@@ -103,6 +104,9 @@ class VideoTrainingConfig(TrainingArguments):
     )
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Must stay off: columns feed the trainer, not the denoiser's forward."}
+    )
+    dataloader_pin_memory: bool | None = field(
+        default=None, metadata={"help": "Page-locked batches. Default: on where there is an accelerator."}
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Off: a NaN or infinite loss is handled by `on_nan`, never hidden."}
@@ -182,6 +186,8 @@ class VideoTrainingConfig(TrainingArguments):
                 raise ValueError(f'{name} must be a dict, or JSON such as {{"key": 1}}, not {value!r}')
         if self.bf16 is None:
             self.bf16 = not self.use_cpu and not self.fp16 and is_torch_bf16_gpu_available()
+        if self.dataloader_pin_memory is None:  # without an accelerator the loader would warn
+            self.dataloader_pin_memory = not self.use_cpu and torch.accelerator.is_available()
         # transformers 5.2x renames the first to the second and warns when only the first is set
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing

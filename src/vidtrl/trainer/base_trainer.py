@@ -160,6 +160,7 @@ class VideoTrainer(Trainer):
             optimizers=optimizers,
         )
         self.num_skipped_batches = 0
+        self._skipped_since_log = 0.0  # in optimizer steps
         self._last_log: tuple[float, int] | None = None
         self.average = WeightAverage(self.model, args.ema_decay) if args.ema_decay is not None else None
         if self.average is not None:
@@ -322,7 +323,7 @@ class VideoTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"there is no checkpoint to resume from in {args.output_dir!r}")
         if resume_from_checkpoint:
-            verify_checkpoint(resume_from_checkpoint, self.model_identity, self._adapter_summary())
+            verify_checkpoint(resume_from_checkpoint, **self._identity())
             if not any(Path(resume_from_checkpoint).glob("optimizer*")) and not self.is_deepspeed_enabled:
                 raise ValueError(f"cannot resume from {resume_from_checkpoint}: it was written with save_only_model")
         if args.should_save:
@@ -371,6 +372,7 @@ class VideoTrainer(Trainer):
             )
         logger.warning(f"{what}: skipped")
         self.num_skipped_batches += 1
+        self._skipped_since_log += 1 / self.args.gradient_accumulation_steps
         # connected to every trainable weight, so that all processes still reduce the same gradients
         return sum((p * 0).sum() for p in self.model.parameters() if p.requires_grad)
 
@@ -383,24 +385,26 @@ class VideoTrainer(Trainer):
         if self.args.on_nan == "raise":
             raise ValueError(f"{what}. Lower learning_rate, or set on_nan='skip' to leave such steps out")
         logger.warning(f"{what}: skipped")
-        self.num_skipped_batches += 1
+        self.num_skipped_batches += self.is_world_process_zero()  # the same step on every process
         model.zero_grad()
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             (then, step), self._last_log = self._last_log, (time.monotonic(), self.state.global_step)
+            steps = self.state.global_step - step
             clips = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            logs["clips_per_second"] = (self.state.global_step - step) * clips / (self._last_log[0] - then)
-            if self.num_skipped_batches:
-                logs["num_skipped_batches"] = self.num_skipped_batches
+            logs["clips_per_second"] = steps * clips / (self._last_log[0] - then)
+            counts = torch.tensor([self._skipped_since_log, self.num_skipped_batches], device=self.args.device)
+            skipped, total = self.accelerator.reduce(counts, reduction="sum").tolist()
+            skipped, self._skipped_since_log = skipped / self.args.world_size, 0.0
+            if total:
+                logs["num_skipped_batches"] = round(total)
+            if skipped > steps - 1e-3:
+                del logs["loss"]  # there is none
+            elif skipped:
+                logs["loss"] *= steps / (steps - skipped)  # the mean of those that counted
         super().log(logs, start_time)
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        # the Trainer's own would call `model(**inputs)` and look for labels
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
 
     # ---- Files in the layout of diffusers, complete or absent ----
 
@@ -410,6 +414,13 @@ class VideoTrainer(Trainer):
     def _adapter_summary(self) -> dict | None:
         model = self._unwrapped()
         return adapter_summary(model) if isinstance(model, PeftModel) else None
+
+    def data_summary(self) -> dict | None:
+        """What two runs' training data must share for one to resume the other, as JSON; `None` compares nothing."""
+        return None
+
+    def _identity(self) -> dict:
+        return {"model": self.model_identity, "adapter": self._adapter_summary(), "data": self.data_summary()}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # The Trainer's own writes files under names that diffusers does not load, and pickles the arguments
@@ -487,7 +498,7 @@ class VideoTrainer(Trainer):
                 self._save_trainer_state(staging)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                write_manifest(staging, self.model_identity, self._adapter_summary(), step=self.state.global_step)
+                write_manifest(staging, step=self.state.global_step, **self._identity())
                 publish(staging, final)
         except Exception:  # such as a full disk: give its space back; earlier checkpoints are untouched
             shutil.rmtree(staging, ignore_errors=True)

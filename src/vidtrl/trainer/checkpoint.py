@@ -65,14 +65,14 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(directory: Path, identity: dict, adapter: dict | None, step: int) -> None:
-    """Describe a finished directory: whose run it is, and the size and hash of each of its files."""
+def write_manifest(directory: Path, *, step: int, **identity: dict | None) -> None:
+    """Describe a finished directory: whose run it is (model, adapter, data), and the size and hash of each file."""
     files = {
         str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": file_digest(path)}
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    content = {"model": identity, "adapter": adapter, "step": step, "files": files}
+    content = {**identity, "step": step, "files": files}
     (directory / MANIFEST).write_text(json.dumps(content, indent=2, sort_keys=True))
 
 
@@ -102,12 +102,12 @@ def publish(staging: Path, final: Path) -> None:
     os.close(descriptor)
 
 
-def verify_checkpoint(directory: str | os.PathLike, identity: dict, adapter: dict | None) -> None:
+def verify_checkpoint(directory: str | os.PathLike, **identity: dict | None) -> None:
     """
-    Raise unless a checkpoint is whole and belongs to a run of this model and adapter.
+    Raise unless a checkpoint is whole and belongs to a run of this model, adapter and data.
 
     Raises:
-        `ValueError`: If a file is missing, truncated or altered, or if model or adapter differ; says which and how.
+        `ValueError`: If a file is missing, truncated or altered, or if model, adapter or data differ; says which and how.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -121,11 +121,17 @@ def verify_checkpoint(directory: str | os.PathLike, identity: dict, adapter: dic
         ) from error
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"cannot resume from {directory}: its {MANIFEST} is damaged ({error})") from error
-    problems = differences(
-        {"model": identity, "adapter": adapter}, {name: manifest.get(name) for name in ("model", "adapter")}
-    )
+    data = identity.pop("data")
+    problems = differences(identity, {name: manifest.get(name) for name in identity})
     if problems:
         raise ValueError(f"cannot resume from {directory}: it belongs to another run. " + "; ".join(problems))
+    problems = differences({"data": data}, {"data": manifest.get("data")})
+    if problems:
+        raise ValueError(
+            f"cannot resume from {directory}: its run trains on other clips. {'; '.join(problems)}. To go on with these, "
+            "start a new run from its weights: load them into the pipeline (an adapter: pipe.load_lora_weights, "
+            "pipe.fuse_lora, pipe.unload_lora_weights) and pass that as model"
+        )
     for name, expected in recorded.items():
         path = directory / name
         if not path.is_file():

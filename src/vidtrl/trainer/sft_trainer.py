@@ -11,6 +11,7 @@ section 3.1. Models trained by DDPM (CogVideoX, Allegro) are trained in the same
 this their native loss. Left out: second-moment reparametrisations, stochastic interpolants other than the straight path.
 """
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -150,6 +151,7 @@ class VideoSFTTrainer(VideoTrainer):
         plan = plan_dataset(
             dataset,
             max_bad_fraction=args.max_bad_fraction,
+            quiet=args.process_index != 0,
             frame_multiple=model.frame_multiple,
             frame_offset=model.frame_offset,
             pixel_multiple=model.pixel_multiple,
@@ -184,6 +186,12 @@ class VideoSFTTrainer(VideoTrainer):
             model.offload_encoders()
         self._clips[split] = dataset, plan
         return prepared
+
+    def data_summary(self) -> dict:
+        # what decides which clip each step sees
+        dataset = self.train_dataset.dataset
+        digest = hashlib.sha256(json.dumps([dataset.sample_ids, dataset.buckets]).encode())
+        return {"num_clips": len(dataset), "sha256 of names and shapes": digest.hexdigest()[:16]}
 
     def condition(self, row: dict, height: int, width: int, num_frames: int) -> Condition:
         """The condition of one dataset row, as the stock pipeline prepares it."""
