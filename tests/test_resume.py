@@ -123,6 +123,37 @@ def test_resume_in_this_process(clips, cache_dir, tmp_path, lora):
     assert digest(trained_weights(resumed)) == digest(trained_weights(whole)) != untrained
 
 
+def test_killed_between_the_two_renamings_of_a_replaced_checkpoint(tmp_path, monkeypatch):
+    import os
+
+    from vidtrl.trainer.checkpoint import claim_output_dir, publish
+
+    def write(name, content):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(content)
+        return tmp_path / name
+
+    final = write("checkpoint-1", "old")
+    replace, calls = os.replace, []
+
+    def killed(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        publish(write("_checkpoint-1.tmp", "new"), final)
+    assert not final.exists()
+    claim_output_dir(tmp_path, {})
+    assert (final / "weights").read_text() == "old"
+    publish(write("_checkpoint-1.tmp", "new"), final)
+    claim_output_dir(tmp_path, {})
+    assert (final / "weights").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "vidtrl.json"]
+
+
 @pytest.fixture(scope="module")
 def checkpoint(clips, cache_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("good")

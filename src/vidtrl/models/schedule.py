@@ -110,14 +110,7 @@ class NoiseSchedule:
     def training_sigma(
         self, u: Tensor, latent_shape: tuple[int, int, int, int] | None = None, shift: float | str = "auto"
     ) -> Tensor:
-        """Training times u in [0, 1) (B,) -> sigma (B,), float32.
-
-        Args:
-            u: as drawn by `flow.sample_u`.
-            latent_shape: (C, f, h, w); needed where the model's shift depends on the size.
-            shift: "auto" for the model's own shift, or a number. VP models map u (shifted, if a number is given) to the
-                nearest timestep of their training table.
-        """
+        """See `VideoModel.training_sigma`."""
         u = u.float()
         if shift != "auto":
             u = flow.shift_sigma(u, float(shift))

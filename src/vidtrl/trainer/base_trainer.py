@@ -318,16 +318,17 @@ class VideoTrainer(Trainer):
             `ValueError`: If the checkpoint is damaged or belongs to another run; says what differs.
         """
         args = self.args
+        if args.should_save:
+            claim_output_dir(args.output_dir, self.model_identity)
+        self.accelerator.wait_for_everyone()
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+            resume_from_checkpoint = get_last_checkpoint(args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"there is no checkpoint to resume from in {args.output_dir!r}")
         if resume_from_checkpoint:
             verify_checkpoint(resume_from_checkpoint, **self._identity())
             if not any(Path(resume_from_checkpoint).glob("optimizer*")) and not self.is_deepspeed_enabled:
                 raise ValueError(f"cannot resume from {resume_from_checkpoint}: it was written with save_only_model")
-        if args.should_save:
-            claim_output_dir(args.output_dir, self.model_identity)
         self._last_log = None
         # The Trainer would call a method that diffusers models do not have; `__init__` has switched it on already.
         checkpointing = args.gradient_checkpointing, args.activation_checkpointing

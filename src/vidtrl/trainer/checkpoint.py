@@ -17,15 +17,18 @@ def weights_fingerprint(module: nn.Module) -> str:
     """
     Tell checkpoints apart by a hash over names, shapes and the first values of all parameters.
 
-    Values are rounded to bfloat16, so that a checkpoint loaded in another precision is still the same.
+    Values are rounded to bfloat16, so that a checkpoint loaded in another precision is still the same. Of quantised
+    parameters only name and shape count: not every backend's tensors can be sliced, and there are others to go by.
     """
     digest = hashlib.sha256()
     for name, parameter in module.named_parameters():
-        values = parameter.detach().flatten()[:32].cpu()
-        if values.is_floating_point():
-            values = values.to(torch.bfloat16).view(torch.int16)
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
+        values = parameter.detach()
+        if type(values) is torch.Tensor:
+            values = values.flatten()[:32].cpu()
+            if values.is_floating_point():
+                values = values.to(torch.bfloat16).view(torch.int16)
+            digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -77,16 +80,26 @@ def write_manifest(directory: Path, *, step: int, **identity: dict | None) -> No
 
 
 def claim_output_dir(output_dir: str | os.PathLike, identity: dict) -> None:
-    """Note whose runs `output_dir` holds, and remove what a run killed while saving has left there."""
+    """Note whose runs `output_dir` holds, and put in order what a run killed while saving has left there."""
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    for replaced in output_dir.glob("_*.old"):  # killed inside `publish`
+        final = output_dir / replaced.name.removeprefix("_").removesuffix(".old")
+        if not final.exists():
+            os.replace(replaced, final)
     for leftover in output_dir.glob("_checkpoint-*"):
         shutil.rmtree(leftover)
-    (output_dir / MANIFEST).write_text(json.dumps({"model": identity}, indent=2, sort_keys=True))
+    unfinished = output_dir / f"_{MANIFEST}.tmp"
+    unfinished.write_text(json.dumps({"model": identity}, indent=2, sort_keys=True))
+    os.replace(unfinished, output_dir / MANIFEST)
 
 
 def publish(staging: Path, final: Path) -> None:
-    """Turn a fully written staging directory into `final` in one step that survives a crash at any point."""
+    """
+    Turn a fully written staging directory into `final`; a crash at any point leaves the old or the new one.
+
+    Where `final` existed and the crash comes between the two renamings, `claim_output_dir` puts the old one back.
+    """
     for path in [*staging.rglob("*"), staging]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
