@@ -19,6 +19,7 @@ from tiny_pipelines import wan
 from vidtrl import VideoSFTConfig, VideoSFTTrainer
 from vidtrl.diffusion import flow
 from vidtrl.toy.world import render
+from vidtrl.trainer.checkpoint import weights_fingerprint
 from vidtrl.trainer.draws import DrawDataset, DrawSampler, draw_seed, generators, randn
 from vidtrl.trainer.ema import WeightAverage
 from vidtrl.trainer.sft_trainer import collate
@@ -484,6 +485,49 @@ def test_quantization_config_reaches_diffusers(clips, cache_dir, tmp_path):
     args = make_args(tmp_path / "run", cache_dir)
     with pytest.raises(ImportError, match="bitsandbytes"):  # not installed here: it got as far as diffusers
         VideoSFTTrainer(str(tmp_path / "model"), args, clips, quantization_config=config)
+
+
+def test_quantised_base_trains_saves_and_resumes(clips, cache_dir, tmp_path):
+    pytest.importorskip("torchao")
+    from diffusers import PipelineQuantizationConfig, TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    wan()[0].to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    config = PipelineQuantizationConfig(quant_mapping={"transformer": TorchAoConfig(Int8WeightOnlyConfig())})
+    args = make_args(tmp_path / "run", cache_dir, bf16=True, check_model=True, save_strategy="steps", save_steps=2)
+    runs = []
+    for checkpoint in (None, str(tmp_path / "run" / "checkpoint-2")):
+        trainer = VideoSFTTrainer(
+            str(tmp_path / "model"), args, clips, quantization_config=config, peft_config=LoraConfig(r=4)
+        )
+        assert type(trainer.video_model.pipe.transformer.blocks[0].attn1.to_q.weight).__name__ == "Int8Tensor"
+        start = trained_weights(trainer)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert all(not torch.equal(start[name], value) for name, value in trained_weights(trainer).items())
+        runs.append(digest(trained_weights(trainer)))
+    assert runs[0] == runs[1]
+    wan()[0].load_lora_weights(str(tmp_path / "run" / "checkpoint-3"))
+
+
+class Sealed(torch.Tensor):
+    """Like a quantised weight of torchao: it cannot be flattened."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.flatten:
+            raise TypeError("unimplemented operator")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_identity_of_weights_that_cannot_be_looked_into():
+    layer = torch.nn.Linear(2, 2)
+    plain = weights_fingerprint(layer)
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Sealed))
+    assert weights_fingerprint(layer) == weights_fingerprint(layer) != plain
+    before = weights_fingerprint(layer)
+    with torch.no_grad():
+        layer.bias += 1  # the others still tell models apart
+    assert weights_fingerprint(layer) != before
 
 
 def test_streaming_dataset_trains(clips, cache_dir, tmp_path):

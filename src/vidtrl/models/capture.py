@@ -131,6 +131,7 @@ def _trim(tensor: Tensor) -> Tensor:
 
 
 def map_tensors(value: Any, function) -> Any:
+    """Apply `function` to every tensor inside nested tuples, lists and dicts; everything else stays."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, (tuple, list)):

@@ -61,6 +61,7 @@ def differences(expected: dict, found: dict, prefix: str = "") -> list[str]:
 
 
 def file_digest(path: Path) -> str:
+    """The SHA-256 of a file, read in pieces."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while chunk := file.read(1 << 20):

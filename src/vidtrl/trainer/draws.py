@@ -38,6 +38,7 @@ class DrawSampler(Sampler[tuple[int, int]]):
         self.sampler, self.seed, self.epoch = sampler, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch's order and seeds."""
         self.epoch = epoch
         self.sampler.set_epoch(epoch)
 

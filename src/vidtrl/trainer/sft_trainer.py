@@ -188,7 +188,7 @@ class VideoSFTTrainer(VideoTrainer):
         return prepared
 
     def data_summary(self) -> dict:
-        # what decides which clip each step sees
+        """What decides which clip each step sees: checkpoints record it, and resuming compares it."""
         dataset = self.train_dataset.dataset
         digest = hashlib.sha256(json.dumps([dataset.sample_ids, dataset.buckets]).encode())
         return {"num_clips": len(dataset), "sha256 of names and shapes": digest.hexdigest()[:16]}
