@@ -148,6 +148,10 @@ def save_vae(vae, path):
     x, _ = clips(range(2 * 10**8, 2 * 10**8 + 128), np.random.default_rng(0), raw_share=0.5)
     z = torch.cat([vae.encode(part).latent_dist.mode() for part in x.split(16)])
     vae = copy.deepcopy(vae)
+    # the decoder was trained on the mode plus noise of 0.05: that is the posterior (the first half of the channels is
+    # its mean, the second half its log-variance, which training left alone)
+    vae.quant_conv.weight[16:] = 0
+    vae.quant_conv.bias[16:] = 2 * math.log(0.05)
     vae.register_to_config(latents_mean=z.mean((0, 2, 3, 4)).tolist(), latents_std=z.std((0, 2, 3, 4)).tolist())
     vae.to(torch.bfloat16).save_pretrained(path)
 
@@ -172,7 +176,7 @@ def embed(tokenizer, text_encoder, texts, length):
     return torch.nn.functional.pad(hidden, (0, 0, 0, length - 16))
 
 
-def train_model(out, steps, num_clips=4000, batch_size=16, lr=1.5e-3, seed=0):
+def train_model(out, steps, num_clips=4000, batch_size=16, lr=1.5e-3, seed=0, resume=False):
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 2])
     vae = AutoencoderKLWan.from_pretrained(out / "vae", torch_dtype=torch.float32).eval()
@@ -207,6 +211,9 @@ def train_model(out, steps, num_clips=4000, batch_size=16, lr=1.5e-3, seed=0):
     torch.nn.init.zeros_(transformer.condition_embedder.time_proj.bias)
     transformer.condition_embedder.time_proj.weight.data.mul_(0.5)
 
+    if resume:  # another round from the weights that are there, with a fresh optimizer and schedule
+        transformer = WanTransformer3DModel.from_pretrained(out / "transformer", torch_dtype=torch.float32).train()
+        text_encoder = UMT5EncoderModel.from_pretrained(out / "text_encoder", dtype=torch.float32).train()
     nets = torch.nn.ModuleList([transformer, text_encoder])
     ema = copy.deepcopy(nets).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(nets.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
@@ -318,12 +325,13 @@ if __name__ == "__main__":
     parser.add_argument("--video_steps", type=int, default=1800)
     parser.add_argument("--decoder_steps", type=int, default=1200)
     parser.add_argument("--model_steps", type=int, default=12000)
+    parser.add_argument("--resume", action="store_true", help="stage model: go on from the saved weights")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     if args.stage in ("all", "vae"):
         train_vae(args.output, args.image_steps, args.video_steps, args.decoder_steps, seed=args.seed)
     if args.stage in ("all", "model"):
-        train_model(args.output, args.model_steps, seed=args.seed)
+        train_model(args.output, args.model_steps, seed=args.seed, resume=args.resume)
     if args.stage in ("all", "report"):
         report(args.output, args.docs)

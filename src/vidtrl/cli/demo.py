@@ -334,7 +334,7 @@ METRICS = {  # name -> (label, digits after the point of its percentage, higher 
         "Flicker",
         1,
         False,
-        "mean second difference of the shape's brightness over time, relative to its mean",
+        "standard deviation of the shape's brightness over time, relative to its mean",
     ),
     "smoothness": ("Smoothness", 1, True, "100 % is uniform motion"),
 }

@@ -32,7 +32,7 @@ QUALITIES = ("clean", "raw")
 RAW_PERIOD = (6.0, 9.0)  # raw clips flicker and wobble with a period of so many frames,
 RAW_FLICKER = (0.25, 0.6)  # losing up to this share of their brightness,
 RAW_WOBBLE = (0.5, 2.5)  # and swaying by so many pixels across their way; each drawn once a clip
-RAW_WRONG_SHAPE = 0.4  # share of raw captions that name another shape
+RAW_WRONG_SHAPE = 0.1  # share of raw captions that name another shape
 RAW_VAGUE = 0.1  # share of raw captions that leave an attribute out
 
 
