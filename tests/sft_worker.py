@@ -7,6 +7,7 @@ or [`start`] in a process forked from one that has imported everything,
 writes `<out>/result.json`: a digest of the trained weights, the losses, and the number of processes.
 """
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -23,6 +24,9 @@ from tiny_pipelines import wan
 from transformers import TrainerCallback
 
 from vidtrl import VideoSFTTrainer
+
+
+HANGS = 240  # seconds
 
 
 class KilledWhileTraining(TrainerCallback):
@@ -67,6 +71,7 @@ def _child(job, environment, log):
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(descriptor, 1), os.dup2(descriptor, 2)
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(HANGS, exit=True)  # a process that hangs says where, and fails
     main(job)
 
 
