@@ -54,24 +54,25 @@ class DemoSettings:
         guidance_scale (`float`): Classifier-free guidance of the generated clips.
     """
 
-    num_clips: int = 432
+    num_clips: int = 720
     num_eval_clips: int = 36
     num_generated: int = 72
     lora_r: int = 32
     sft: dict = field(
         default_factory=lambda: {
-            "max_steps": 400,
+            "max_steps": 1200,
             "per_device_train_batch_size": 8,
-            "learning_rate": 1e-3,
+            "learning_rate": 7e-4,
             "lr_scheduler_type": "cosine",
-            "warmup_steps": 20,
+            "warmup_steps": 50,
             "weight_decay": 0.0,
             "max_grad_norm": 1.0,
             "caption_dropout": 0.1,
+            "ema_decay": 0.99,
             "sigma_sampling": "uniform",
             "gradient_checkpointing": False,
-            "eval_steps": 100,
-            "save_steps": 50,
+            "eval_steps": 300,
+            "save_steps": 100,
             "logging_steps": 10,
         }
     )
