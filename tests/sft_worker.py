@@ -73,6 +73,8 @@ def _child(job, environment, log):
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(HANGS, exit=True)  # a process that hangs says where, and fails
     main(job)
+    # everything is written and the process group is gone; a forked interpreter's teardown has once hung behind gloo
+    os._exit(0)
 
 
 def main(job):
