@@ -324,7 +324,7 @@ if __name__ == "__main__":
     parser.add_argument("--image_steps", type=int, default=900)
     parser.add_argument("--video_steps", type=int, default=1800)
     parser.add_argument("--decoder_steps", type=int, default=1200)
-    parser.add_argument("--model_steps", type=int, default=12000)
+    parser.add_argument("--model_steps", type=int, default=11000)
     parser.add_argument("--resume", action="store_true", help="stage model: go on from the saved weights")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

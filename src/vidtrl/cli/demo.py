@@ -54,15 +54,15 @@ class DemoSettings:
         guidance_scale (`float`): Classifier-free guidance of the generated clips.
     """
 
-    num_clips: int = 720
+    num_clips: int = 432
     num_eval_clips: int = 36
     num_generated: int = 72
     lora_r: int = 32
     sft: dict = field(
         default_factory=lambda: {
-            "max_steps": 1200,
+            "max_steps": 800,
             "per_device_train_batch_size": 8,
-            "learning_rate": 7e-4,
+            "learning_rate": 1e-3,
             "lr_scheduler_type": "cosine",
             "warmup_steps": 50,
             "weight_decay": 0.0,
@@ -71,7 +71,7 @@ class DemoSettings:
             "ema_decay": 0.99,
             "sigma_sampling": "uniform",
             "gradient_checkpointing": False,
-            "eval_steps": 300,
+            "eval_steps": 200,
             "save_steps": 100,
             "logging_steps": 10,
         }
