@@ -577,7 +577,7 @@ def test_ten_thousand_clips_in_bounded_memory(tmp_path):
         item = cached[i]
         assert item["mean"][0, 0, 0, 0] == i % 2048 and item["sample_id"] == f"clip-{i}"
     growth = resident() - before
-    kept = [cached[i] for i in order[:1500]]  # the control: holding a few shows
+    kept = [cached[i] for i in range(6000)]  # the control: holding items shows, beyond what earlier tests left free
     held = resident() - before - growth
-    assert len(kept) == 1500 and size > 100 and growth < 5, (size, growth, held)
+    assert len(kept) == 6000 and size > 100 and growth < 5, (size, growth, held)
     assert held > 10, (growth, held)
