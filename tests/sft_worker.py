@@ -72,8 +72,10 @@ def _child(job, environment, log):
     os.dup2(descriptor, 1), os.dup2(descriptor, 2)
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(HANGS, exit=True)  # a process that hangs says where, and fails
-    main(job)
-    # everything is written and the process group is gone; a forked interpreter's teardown has once hung behind gloo
+    trainer = main(job)
+    # Leave with the trainer alive: the destructor of a gloo process group waits, holding the interpreter's lock, for a
+    # thread that may be waiting for this lock (torch 2.13)
+    assert trainer is not None
     os._exit(0)
 
 
@@ -106,6 +108,7 @@ def main(job):
     if trainer.is_world_process_zero():
         Path(job["out"], "result.json").write_text(json.dumps(result))
     trainer.end()
+    return trainer
 
 
 if __name__ == "__main__":

@@ -303,6 +303,13 @@ class VideoTrainer(Trainer):
                 videos.append(pipe(prompt=prompt, generator=generator, **call).frames[0].float().cpu())
         return videos
 
+    def end(self) -> None:
+        super().end()
+        if self.args.world_size > 1:
+            # gloo's loop thread needs the interpreter's lock to drop its last work, and the process group's destructor
+            # waits for that thread while it holds the lock (a deadlock at exit, torch 2.13): let the thread go first
+            time.sleep(0.5)
+
     # ---- Training ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
