@@ -3,10 +3,10 @@
     python scripts/pretrain_toy.py                  # everything, into src/vidtrl/toy/pipeline and docs/
     python scripts/pretrain_toy.py --stage vae      # only one stage: vae | model | report
 
-Three stages, each seeded. Measured on two CPU cores: see docs/toy.md.
+Three stages, each seeded; the time each takes on two CPU cores is in docs/toy.md.
 
-1. `vae`: `AutoencoderKLWan` (8x8x4, 16 channels) as a plain autoencoder: posterior mode plus a little noise and a tiny
-   L2 term. Sampling the posterior drowns the signal at first, and a crop of fewer frames makes colours drift later on.
+1. `vae`: `AutoencoderKLWan` (8x8x4, 16 channels) as a plain autoencoder, on images, then clips, then the decoder alone:
+   posterior mode plus a little noise and a tiny L2 term. Sampling the posterior drowns the signal at first, and a crop of fewer frames makes colours drift later on.
 2. `model`: `WanTransformer3DModel` and `UMT5EncoderModel` together, flow matching on latents of RAW clips.
 3. `report`: generates from the saved pipeline with stock diffusers, measures pixels, writes numbers and contact sheets.
 """
