@@ -35,7 +35,8 @@ def test_is_small_and_stock(pipe):
 
 
 def test_passes_check_model():
-    check_model(toy.pipeline_path(), max_sequence_length=16).raise_if_failed()
+    report = check_model(toy.pipeline_path(), max_sequence_length=16)
+    assert report.ok, str(report)
 
 
 @pytest.mark.parametrize("quality", ["clean", "raw"])
