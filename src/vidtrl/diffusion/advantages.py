@@ -14,8 +14,8 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, scale: str = "group", e
     Args:
         rewards: (N,), NaN where not applicable. N is the global batch: groups must be complete.
         group_ids: (N,) integers, equal within a group. By sample, not by prompt text: a prompt may occur twice.
-        scale: which std divides: "group" (that of the group), "batch" (that of all N rewards, as in
-            https://huggingface.co/papers/2505.05470), "max_group" (largest group std,
+        scale: which std divides: "group" (that of the group), "batch" (that of all N rewards,
+            https://huggingface.co/papers/2605.15980), "max_group" (largest group std,
             https://huggingface.co/papers/2510.22200, so that a quiet group is not blown up) or "none".
             Population std (divided by n).
         eps: added to the std.

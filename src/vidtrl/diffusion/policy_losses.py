@@ -104,15 +104,16 @@ def nft_loss(
     beta: float = 1.0,
     advantage_clip: float = 5.0,
 ) -> Tensor:
-    """DiffusionNFT (https://huggingface.co/papers/2509.16117, eq. 5 and section 3.3): negative-aware fine-tuning.
+    """DiffusionNFT (https://huggingface.co/papers/2509.16117): negative-aware fine-tuning.
 
     With optimality r = clip(A / A_max, -1, 1) / 2 + 1/2, the implicit positive and negative policies
     v+ = (1 - beta) v_old + beta v and v- = (1 + beta) v_old - beta v, and their x0 estimates:
 
         [r mean((x0+ - x0)^2) / w+ + (1 - r) mean((x0- - x0)^2) / w-] A_max / beta,
 
-    where w = mean |x0+- - x0| (no gradient) takes the scale out of each term. Without the w, the minimum is at
-    v_old + (2 r - 1) (noise - x0 - v_old) / beta.
+    where w = mean |x0+- - x0| (no gradient) takes the scale out of each term. With the w held at their value at
+    v = v_old, the minimum is at v_old + (2 r - 1) (noise - x0 - v_old) / beta. As they follow v, the pull of one sample
+    does not fade on the way there: it ends at v_old +- (noise - x0 - v_old) / beta unless r = 1/2.
 
     Args:
         v: (B, ...) velocity of the trained policy at x_t, with gradient.

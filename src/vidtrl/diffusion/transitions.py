@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .flow import _like, noise_from_velocity, vp_coefficients, x0_from_velocity
+from .flow import _like, noise_from_velocity, x0_from_velocity
 
 
 TRANSITIONS = ("flow-sde", "flow-sde-truncated", "wan-linear", "dance", "cps", "ma-sde", "ddim", "ode")
@@ -118,15 +118,16 @@ def flow_sde(
     sigma_max: float | None = None,
     max_std: float | None = None,
 ) -> Transition:
-    """Flow-GRPO's SDE (https://huggingface.co/papers/2505.05470, eqs. 8-9), optionally truncated as in LongCat-Video.
+    """Flow-GRPO's SDE (https://huggingface.co/papers/2505.05470), optionally truncated as in LongCat-Video.
 
     std = g sqrt(D) with g = noise_level sqrt(sigma / (1 - sigma)).
 
     Args:
         sample, velocity, sigma, sigma_next: as in `ode`.
         noise_level: a >= 0; 0.7 is the paper's for images.
-        sigma_max: largest sigma inside the denominator 1 - sigma, which is 0 at pure noise. Authors use the second
-            sigma of the grid. Needed for a step that starts at sigma = 1.
+        sigma_max: largest sigma inside the denominator 1 - sigma, which vanishes at pure noise: the second sigma of
+            the grid, so that it acts on the first step alone. Needed if that starts at sigma = 1, and wanted if it
+            starts just below: Wan's grid begins at 0.9997, where the std of a 20-step grid would be 5.
         max_std: largest std of the step; the drift follows the truncated g (https://huggingface.co/papers/2510.22200:
             0.45 with noise_level 1).
 
@@ -181,7 +182,7 @@ def wan_linear_sde(
 def dance_sde(
     sample: Tensor, velocity: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, eta: float = 0.3
 ) -> Transition:
-    """DanceGRPO's SDE, with constant g = eta and std = eta sqrt(D) (https://huggingface.co/papers/2505.07818, eq. 7).
+    """DanceGRPO's SDE, with constant g = eta and std = eta sqrt(D) (https://huggingface.co/papers/2505.07818).
 
     Args:
         sample, velocity, sigma, sigma_next: as in `ode`.
@@ -253,12 +254,12 @@ def ddim(
 ) -> Transition:
     """DDIM with eta (https://huggingface.co/papers/2010.02502, eqs. 12 and 16); eta = 1 is DDPM, the kernel of DDPO.
 
-    For VP families (v- or epsilon-prediction). With alpha^2 + beta^2 = 1 and x_vp = (alpha + beta) x_flow,
+    For VP families (v- or epsilon-prediction). With alpha^2 + beta^2 = 1 and x_vp = (alpha + beta) x_flow, the paper's
+    std eta beta' / beta sqrt(1 - alpha^2 / alpha'^2) becomes
 
-        std_vp = eta beta' / beta sqrt(1 - alpha^2 / alpha'^2),      std = std_vp / (alpha' + beta'),
+        std = eta sigma' sqrt(1 - q^2),      q = (1 - sigma) sigma' / (sigma (1 - sigma')),
 
-    and the mean alpha' x0_hat + sqrt(beta'^2 - std_vp^2) noise_hat keeps its form, because alpha' / (alpha' + beta') is
-    1 - sigma_next and beta' / (alpha' + beta') is sigma_next. A step to sigma_next = 0 is deterministic.
+    and its mean keeps its form. A step to sigma_next = 0 is deterministic.
 
     Args:
         sample, velocity, sigma, sigma_next: as in `ode`, all in flow coordinates.
@@ -271,10 +272,8 @@ def ddim(
     """
     sigma, sigma_next = _times(sigma, sigma_next, sample)
     _check_level("eta", eta, most=1.0)
-    alpha, beta = _vp(sigma)
-    alpha_next, beta_next = _vp(sigma_next)
-    std_vp = eta * beta_next / beta * torch.sqrt((1 - (alpha / alpha_next) ** 2).clamp(min=0))
-    return _exact_step(sample, velocity, sigma, sigma_next, std_vp / (alpha_next + beta_next))
+    q = (1 - sigma) * sigma_next / (sigma * (1 - sigma_next))
+    return _exact_step(sample, velocity, sigma, sigma_next, eta * sigma_next * torch.sqrt(1 - q**2))
 
 
 def transition(
@@ -345,15 +344,19 @@ def rectification(sigma: float | Tensor, sigma_next: float | Tensor, diffusion_c
         >>> round(rectification(1.0, 0.75, 0.5).item(), 5)
         1.0
     """
-    sigma, sigma_next, g = (
-        torch.as_tensor(t, dtype=torch.float64) for t in (sigma, sigma_next, diffusion_coefficient)
-    )
+    g = torch.as_tensor(diffusion_coefficient, dtype=torch.float64)
+    sigma, sigma_next = (torch.as_tensor(t, dtype=torch.float64, device=g.device) for t in (sigma, sigma_next))
     root = torch.sqrt(sigma - sigma_next)
     return (1 / (root / g + g * root * (1 - sigma) / (2 * sigma))).float()
 
 
 def timestep_weight(
-    weighting: str, sigma: float | Tensor, sigma_next: float | Tensor, std: Tensor, noise_level: float
+    weighting: str,
+    sigma: float | Tensor,
+    sigma_next: float | Tensor,
+    std: Tensor,
+    noise_level: float,
+    name: str = "flow-sde",
 ) -> Tensor:
     """Factor of a step's policy loss.
 
@@ -377,6 +380,8 @@ def timestep_weight(
         sigma, sigma_next: the step, floats or (B,).
         std: (B,), `Transition.std` of the step.
         noise_level: a of the transition, used by "longcat".
+        name: the transition, used by "tgr": lambda is that of its own log-probability, so that the gradient is 1 for
+            "cps" and "ddim" as well, whose lambda is not the SDE's.
 
     Returns:
         (B,) float32.
@@ -385,8 +390,8 @@ def timestep_weight(
         >>> timestep_weight("guard", 0.75, 0.5, torch.tensor([0.3, 0.4]), noise_level=0.7).tolist()
         [4.0, 4.0]
     """
-    sigma, sigma_next = (torch.as_tensor(t, dtype=torch.float32, device=std.device) for t in (sigma, sigma_next))
-    step = sigma - sigma_next
+    sigma, sigma_next = (torch.as_tensor(t, dtype=torch.float64) for t in (sigma, sigma_next))
+    step = (sigma - sigma_next).to(std.device, torch.float32)
     if weighting == "none":
         return torch.ones_like(std)
     if weighting == "tempflow":
@@ -396,7 +401,12 @@ def timestep_weight(
     if weighting == "longcat":
         return std / (noise_level * step)
     if weighting == "tgr":
-        return rectification(sigma, sigma_next, std / torch.sqrt(step))
+        if name not in ("cps", "ddim"):
+            return rectification(sigma, sigma_next, std / torch.sqrt(step))
+        sigma, sigma_next = (t.to(std.device, torch.float32) for t in (sigma, sigma_next))
+        # minus the derivative of the mean with respect to the velocity
+        slope = (1 - sigma_next) * sigma - (1 - sigma) * torch.sqrt((sigma_next**2 - std**2).clamp(min=0))
+        return 1 / (2 * slope * std) if name == "cps" else std / slope
     raise ValueError(f"timestep_weighting must be 'none', 'tempflow', 'guard', 'longcat' or 'tgr', got {weighting!r}.")
 
 
@@ -408,11 +418,6 @@ def _times(sigma: float | Tensor, sigma_next: float | Tensor, sample: Tensor) ->
     """Both times as (B,) float64, each still on its own device."""
     sigma, sigma_next = (torch.as_tensor(t, dtype=torch.float64) for t in (sigma, sigma_next))
     return sigma.expand(len(sample)), sigma_next.expand(len(sample))
-
-
-def _vp(sigma: Tensor) -> tuple[Tensor, Tensor]:
-    alpha, beta = vp_coefficients(sigma)
-    return alpha.double(), beta.double()
 
 
 def _sde_step(sample: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, std: Tensor) -> Transition:
