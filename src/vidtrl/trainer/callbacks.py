@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from ..data.video import write_video
+from ..data.video import read_video, write_video
 from .ema import WeightAverage
 
 
@@ -118,31 +119,15 @@ class ValidationVideoCallback(TrainerCallback):
         trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             (folder / "prompts.json").write_text(json.dumps(dict(zip(names, self.prompts, strict=True)), indent=2))
-            self.log(args, state, {prompt: folder / name for name, prompt in zip(names, self.prompts, strict=True)})
+            log_videos(
+                "validation",
+                [folder / name for name in names],
+                self.prompts,
+                step=state.global_step,
+                report_to=args.report_to,
+                callbacks=trainer.callback_handler.callbacks,
+            )
         return folder
-
-    def log(self, args, state, files: dict[str, Path]) -> None:
-        """Hand the written videos to the active trackers."""
-        if "trackio" in args.report_to:
-            import trackio
-
-            videos = {
-                f"validation/{i}": trackio.Video(str(path), caption=prompt)
-                for i, (prompt, path) in enumerate(files.items())
-            }
-            trackio.log(videos, step=state.global_step)
-        if "wandb" in args.report_to:
-            import wandb
-
-            videos = [wandb.Video(str(path), caption=prompt, format="mp4") for prompt, path in files.items()]
-            wandb.log({"validation/videos": videos, "train/global_step": state.global_step})
-        for callback in self.trainer.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                from ..data.video import read_video
-
-                for prompt, path in files.items():
-                    strip = frame_strip(read_video(path).float() / 255)
-                    callback.tb_writer.add_image(f"validation/{prompt}", strip, state.global_step)
 
 
 class VideoTensorBoardCallback(TensorBoardCallback):
@@ -152,6 +137,45 @@ class VideoTensorBoardCallback(TensorBoardCallback):
         super().on_train_begin(args, state, control, **kwargs)
         if self.tb_writer is not None:
             self.tb_writer.add_text("model_config", json.dumps(dict(model.config), default=str, indent=2))
+
+
+def log_videos(
+    name: str,
+    paths: Sequence[Path],
+    captions: Sequence[str],
+    *,
+    step: int,
+    report_to: Sequence[str],
+    callbacks: Sequence[TrainerCallback] = (),
+) -> None:
+    """
+    Hand written videos to the active trackers. Call on the main process only.
+
+    Args:
+        name (`str`): Group under which the trackers show them, such as `"validation"`.
+        paths (`Sequence[Path]`): mp4 files.
+        captions (`Sequence[str]`): One a file.
+        step (`int`): Optimizer steps done.
+        report_to (`Sequence[str]`): As in the training arguments; trackio and wandb get the files.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): The trainer's. TensorBoard, which shows no mp4, gets frame
+            strips through the writer of its callback.
+    """
+    if "trackio" in report_to:
+        import trackio
+
+        videos = [trackio.Video(str(p), caption=caption) for p, caption in zip(paths, captions, strict=True)]
+        trackio.log({f"{name}/{i}": video for i, video in enumerate(videos)}, step=step)
+    if "wandb" in report_to:
+        import wandb
+
+        videos = [wandb.Video(str(p), caption=c, format="mp4") for p, c in zip(paths, captions, strict=True)]
+        wandb.log({f"{name}/videos": videos, "train/global_step": step})
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            for i, (path, caption) in enumerate(zip(paths, captions, strict=True)):
+                # numbered tags stay few where captions change from step to step
+                callback.tb_writer.add_image(f"{name}/{i}", frame_strip(read_video(path).float() / 255), step)
+                callback.tb_writer.add_text(f"{name}/{i}", caption, step)
 
 
 def slug(prompt: str) -> str:
