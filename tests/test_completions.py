@@ -31,10 +31,6 @@ def clip(prompt, seed):
     return render(prompt, seed=seed).float() / 255
 
 
-def clip(prompt, seed):
-    return render(prompt, seed=seed).float() / 255
-
-
 def completions(step=10, prompts=PROMPTS, **changes):
     values = dict(
         step=step,
