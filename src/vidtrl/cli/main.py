@@ -12,6 +12,7 @@ from .errors import guarded
 # command -> (module, one line for --help). Each module has run(argv) -> exit code.
 COMMANDS = {
     "sft": (".sft", "fine-tune a video diffusion model on captioned clips (LoRA, DoRA or full)"),
+    "grpo": (".grpo", "train a video diffusion model on reward functions with GRPO and its family"),
     "check-model": (".check_model", "prove that vidtrl samples and trains a model as its pipeline means it"),
     "demo": (".demo", "fine-tune the shipped toy model on a laptop and show before and after"),
     "env": (".env", "print versions and hardware, for bug reports"),
@@ -20,6 +21,7 @@ COMMANDS = {
 EPILOG = """examples:
   vidtrl sft --config sft.yaml --learning_rate 1e-4
   vidtrl sft --config sft.yaml --accelerate_config fsdp2 --num_processes 4
+  vidtrl grpo --config grpo.yaml --reward_funcs my_rewards:smooth
   vidtrl check-model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
   vidtrl demo --output demo
 

@@ -11,7 +11,7 @@ LoRA, options from a file, two GPUs:
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
@@ -201,8 +201,6 @@ def load_split(script_args: ScriptArguments, split: str):
     Raises:
         [`UserError`]: If there is no such dataset or split.
     """
-    from datasets import load_dataset
-
     name = script_args.dataset_name
     if Path(name).is_file():
         raise UserError(f"dataset_name {name!r} is a file; give the folder that holds the clips and metadata.jsonl")
@@ -210,25 +208,30 @@ def load_split(script_args: ScriptArguments, split: str):
         raise UserError(f"dataset folder {name!r} does not exist")
     local = Path(name).expanduser()
     source = str(local) if local.is_dir() else name
+    return load(script_args, split, source, script_args.dataset_config)
+
+
+def load(script_args: ScriptArguments, split: str, *source, **kwargs):
+    """[`~datasets.load_dataset`] of one split, with a [`UserError`] that names the dataset where that fails."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
     try:
-        return load_dataset(source, script_args.dataset_config, split=split, streaming=script_args.dataset_streaming)
-    except (FileNotFoundError, ConnectionError, ValueError) as error:  # missing, empty, unreachable, unknown split
-        raise UserError(f"cannot load split {split!r} of {name!r}: {error}") from error
+        return load_dataset(*source, split=split, streaming=script_args.dataset_streaming, **kwargs)
+    # missing, empty, unreachable, malformed, unknown split
+    except (FileNotFoundError, ConnectionError, ValueError, DatasetsError) as error:
+        reason = f"{error}: {error.__cause__}" if error.__cause__ else error
+        raise UserError(f"cannot load split {split!r} of {script_args.dataset_name!r}: {reason}") from error
 
 
 def train(argv: Sequence[str]) -> int:
     """Parse the options, train, save, and push if asked to. This is what every rank runs."""
     script_args, training_args, lora_args, quantization_args, _ = make_parser().parse_args_and_config(argv)
-    for name in ("model_name_or_path", "dataset_name"):
-        if not getattr(script_args, name):
-            raise UserError(f"--{name} is required, on the command line or in the config file")
+    require(script_args, "model_name_or_path", "dataset_name")
     train_dataset = load_split(script_args, script_args.dataset_train_split)
     evaluate = training_args.eval_strategy != "no"
     eval_dataset = load_split(script_args, script_args.dataset_test_split) if evaluate else None
-
-    loading = {"revision": script_args.model_revision, "torch_dtype": script_args.torch_dtype}
-    chosen = {k: v for k, v in loading.items() if v is not None}
-    training_args.model_init_kwargs = (training_args.model_init_kwargs or {}) | chosen or None
+    training_args.model_init_kwargs = model_init_kwargs(script_args, training_args)
 
     from ..trainer import VideoSFTTrainer
 
@@ -240,13 +243,34 @@ def train(argv: Sequence[str]) -> int:
         quantization_config=quantization_args.quantization_config(),
         peft_config=lora_args.peft_config(),
     )
+    return fit(trainer, script_args)
+
+
+def require(script_args: ScriptArguments, *names: str) -> None:
+    """Options without a default, which may stand in either place."""
+    for name in names:
+        if not getattr(script_args, name):
+            raise UserError(f"--{name} is required, on the command line or in the config file")
+
+
+def model_init_kwargs(script_args: ScriptArguments, training_args) -> dict | None:
+    """Those of the configuration, with the model options of the command in them."""
+    loading = {"revision": script_args.model_revision, "torch_dtype": script_args.torch_dtype}
+    chosen = {k: v for k, v in loading.items() if v is not None}
+    return (training_args.model_init_kwargs or {}) | chosen or None
+
+
+def fit(trainer, script_args: ScriptArguments) -> int:
+    """Train from the start or from where `--resume_from_checkpoint` says, save, push if asked to, and leave."""
+    args = trainer.args
     try:
-        trainer.train(resume_from_checkpoint=resume_point(training_args))
+        trainer.train(resume_from_checkpoint=resume_point(args))
     except KeyboardInterrupt:
-        raise Interrupted(resume_hint(training_args.output_dir)) from None
-    trainer.save_model(training_args.output_dir)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        raise Interrupted(resume_hint(args.output_dir)) from None
+    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        local = Path(script_args.dataset_name).expanduser().exists()
+        trainer.push_to_hub(dataset_name=None if local else script_args.dataset_name)
     trainer.end()
     return 0
 
@@ -279,10 +303,15 @@ def resume_hint(output_dir: str) -> str:
 
 
 def run(argv: Sequence[str]) -> int:
+    """Entry point of `vidtrl sft`."""
+    return run_here_or_launch(__name__, train, argv)
+
+
+def run_here_or_launch(module: str, train: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Train here, or under `accelerate launch` where `--accelerate_config` is given."""
     options, rest = split_launch_options(argv)
     if "accelerate_config" in options and not {"-h", "--help"} & set(rest):
-        return launch("vidtrl.cli.sft", options, rest)
+        return launch(module, options, rest)
     if options and not {"-h", "--help"} & set(rest):
         raise UserError(f"--{next(iter(options))} needs --accelerate_config")
     return train(rest)
