@@ -5,8 +5,19 @@ import importlib
 from collections.abc import Callable
 
 
-# name -> module and function; imported on first use, so that an optional dependency is asked for by its users alone
+# name -> module and function; imported on first use, so that an optional dependency is asked for by its users alone.
+# A get_* factory is called with its defaults.
 _BUILTIN = {
+    "temporal-smoothness": ("vidtrl.rewards.quality", "temporal_smoothness_reward"),
+    "flicker": ("vidtrl.rewards.quality", "flicker_reward"),
+    "motion-magnitude": ("vidtrl.rewards.motion", "get_motion_magnitude_reward"),
+    "motion-direction": ("vidtrl.rewards.motion", "get_motion_direction_reward"),
+    "motion-smoothness": ("vidtrl.rewards.motion", "motion_smoothness_reward"),
+    "colorfulness": ("vidtrl.rewards.quality", "get_colorfulness_reward"),
+    "exposure": ("vidtrl.rewards.quality", "get_exposure_reward"),
+    "jpeg-compressibility": ("vidtrl.rewards.quality", "jpeg_compressibility_reward"),
+    "jpeg-incompressibility": ("vidtrl.rewards.quality", "jpeg_incompressibility_reward"),
+    "prompt-ocr": ("vidtrl.rewards.ocr", "get_prompt_ocr_reward"),
     "toy-attributes": ("vidtrl.toy.rewards", "attributes_reward"),
     "toy-color": ("vidtrl.toy.rewards", "color_reward"),
     "toy-direction": ("vidtrl.toy.rewards", "direction_reward"),
@@ -27,13 +38,13 @@ def get_reward(name: str) -> Callable:
     The built-in reward function of a name.
 
     Args:
-        name (`str`): One of [`builtin_rewards`], such as `"toy-color"`.
+        name (`str`): One of [`builtin_rewards`], such as `"motion-magnitude"`.
 
     Returns:
         `Callable`: Called with `prompts` and `videos` by keyword; returns one float or `None` a video.
 
     Raises:
-        `ValueError`: If there is no reward of this name.
+        `ValueError`: If there is no reward of this name. `ImportError` if it needs a package that is not installed.
     """
     if name not in _BUILTIN:
         near = difflib.get_close_matches(name, _BUILTIN, n=1)
@@ -43,4 +54,5 @@ def get_reward(name: str) -> Callable:
             "f(prompts, videos, **kwargs) that returns one float a video."
         )
     module, function = _BUILTIN[name]
-    return getattr(importlib.import_module(module), function)
+    found = getattr(importlib.import_module(module), function)
+    return found() if function.startswith("get_") else found

@@ -191,11 +191,8 @@ class RewardRunner:
         for position, func in enumerate(self.functions if videos else ()):
             if _is_async(func):
                 call = self._call(handle)
-                handle.pending[position] = (
-                    call,
-                    self._start(functools.partial(func, **call.kwargs), videos),
-                    time.monotonic(),
-                )
+                future = self._start(functools.partial(func, **call.kwargs), videos)
+                handle.pending[position] = call, future, time.monotonic()
         return handle
 
     def collect(self, handle: RewardHandle) -> torch.Tensor:
