@@ -11,6 +11,8 @@ _EXPORTS = {
     "Condition": "vidtrl.models",
     "VideoModel": "vidtrl.models",
     "check_model": "vidtrl.models",
+    "VideoGRPOConfig": "vidtrl.trainer",
+    "VideoGRPOTrainer": "vidtrl.trainer",
     "VideoSFTConfig": "vidtrl.trainer",
     "VideoSFTTrainer": "vidtrl.trainer",
 }
@@ -29,4 +31,4 @@ def __dir__():
 
 if TYPE_CHECKING:
     from .models import Condition, VideoModel, check_model
-    from .trainer import VideoSFTConfig, VideoSFTTrainer
+    from .trainer import VideoGRPOConfig, VideoGRPOTrainer, VideoSFTConfig, VideoSFTTrainer

@@ -49,6 +49,29 @@ def noise_from_velocity(x: Tensor, velocity: Tensor, sigma: float | Tensor) -> T
     return x.float() + (1 - _like(sigma, x)) * velocity.float()
 
 
+def dpm_solver_step(
+    x: Tensor, x0: Tensor, sigma: float, sigma_next: float, previous: tuple[Tensor, float] | None = None
+) -> Tensor:
+    """One deterministic step of DPM-Solver++ (2M) (https://huggingface.co/papers/2211.01095, algorithm 2).
+
+    With alpha = 1 - sigma, lambda = log(alpha / sigma) and h = lambda_next - lambda. Without `previous`, and at the end of
+    the grid, it is the first-order step, which for flow matching is Euler's.
+
+    Args:
+        x: x_sigma, (B, ...).
+        x0: the model's clean estimate at sigma, (B, ...).
+        sigma, sigma_next: in [0, 1], descending.
+        previous: the clean estimate and the sigma of the step before.
+    """
+    estimate = x0
+    if previous is not None and sigma_next > 0 and previous[1] < 1:
+        log_snr = [math.log((1 - s) / s) for s in (previous[1], sigma, sigma_next)]
+        ratio = (log_snr[1] - log_snr[0]) / (log_snr[2] - log_snr[1])
+        estimate = x0 + (x0 - previous[0]) / (2 * ratio)
+    keep = sigma_next / sigma  # alpha' (exp(-h) - 1) = keep (1 - sigma) - (1 - sigma')
+    return keep * x + ((1 - sigma_next) - keep * (1 - sigma)) * estimate
+
+
 def shift_sigma(u: float | Tensor, shift: float) -> float | Tensor:
     """sigma = shift u / (1 + (shift - 1) u): the resolution shift of SD3 (https://huggingface.co/papers/2403.03206, eq. 23).
 

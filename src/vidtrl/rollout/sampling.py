@@ -60,18 +60,56 @@ def sample(
     condition = condition.to(model.device)
     if negative_condition is not None:
         negative_condition = negative_condition.to(model.device)
-        negative_condition = negative_condition[[0] * batch] if len(negative_condition) == 1 else negative_condition
     sigmas = model.sigmas(num_inference_steps, shape).tolist()
     x = latents.float() * model.noise_scale(sigmas[0])
     for i in range(num_inference_steps):
-        velocity = model.velocity(x, sigmas[i], condition, denoiser=denoiser)
-        if guidance_scale != 1.0:
-            unconditional = model.velocity(x, sigmas[i], negative_condition, denoiser=denoiser)
-            velocity = unconditional + guidance_scale * (velocity - unconditional)
+        velocity = guided_velocity(
+            model, x, sigmas[i], condition, negative_condition, guidance_scale, denoiser=denoiser
+        )
         x = x + (sigmas[i + 1] - sigmas[i]) * velocity
         if callback is not None:
             callback(i, x)
     return x
+
+
+def guided_velocity(
+    model: VideoModel,
+    x: Tensor,
+    sigma: float | Tensor,
+    condition: Condition,
+    negative_condition: Condition | None,
+    guidance_scale: float,
+    *,
+    batched: bool = False,
+    denoiser: nn.Module | dict[str, nn.Module] | None = None,
+) -> Tensor:
+    """v_neg + guidance_scale (v_cond - v_neg), or v_cond alone when the scale is 1. Gradients flow.
+
+    Args:
+        model: the model.
+        x: x_sigma, (B, C, f, h, w).
+        sigma: float or (B,).
+        condition: of B clips.
+        negative_condition: of 1 or B clips.
+        guidance_scale: classifier-free guidance in its standard form.
+        batched: both branches in one denoiser call of 2B, instead of two calls of B with half the memory.
+        denoiser: as in `VideoModel.velocity`.
+    """
+    if guidance_scale == 1.0:
+        return model.velocity(x, sigma, condition, denoiser=denoiser)
+    if negative_condition is None:
+        raise ValueError(
+            "guidance_scale other than 1 needs negative_condition; pass model.condition('', ..., negative=True)."
+        )
+    negative = negative_condition[[0] * len(x)] if len(negative_condition) == 1 else negative_condition
+    if batched:
+        sigma = torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.ndim else sigma
+        both = model.velocity(torch.cat([x, x]), sigma, Condition.cat([condition, negative]), denoiser=denoiser)
+        conditional, unconditional = both.chunk(2)
+    else:
+        conditional = model.velocity(x, sigma, condition, denoiser=denoiser)
+        unconditional = model.velocity(x, sigma, negative, denoiser=denoiser)
+    return unconditional + guidance_scale * (conditional - unconditional)
 
 
 def draw_noise(

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 _EXPORTS = {
     "EMACallback": ".callbacks",
     "ValidationVideoCallback": ".callbacks",
+    "VideoGRPOConfig": ".grpo_config",
+    "VideoGRPOTrainer": ".grpo_trainer",
     "VideoProgressCallback": ".callbacks",
     "VideoSFTConfig": ".sft_config",
     "VideoSFTTrainer": ".sft_trainer",
@@ -30,5 +32,7 @@ if TYPE_CHECKING:
     from .base_config import VideoTrainingConfig
     from .base_trainer import VideoTrainer
     from .callbacks import EMACallback, ValidationVideoCallback, VideoProgressCallback
+    from .grpo_config import VideoGRPOConfig
+    from .grpo_trainer import VideoGRPOTrainer
     from .sft_config import VideoSFTConfig
     from .sft_trainer import VideoSFTTrainer

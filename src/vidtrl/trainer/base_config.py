@@ -50,6 +50,8 @@ class VideoTrainingConfig(TrainingArguments):
             Keep an exponential moving average of the trainable weights with this decay, such as `0.999`. The average
             is what evaluation and validation videos measure, what checkpoints hand to diffusers, and what the trainer
             holds after `train()`. `None` keeps no average.
+        ema_update_steps (`int`, *optional*, defaults to `1`):
+            Optimizer steps between two updates of that average.
         on_nan (`str`, *optional*, defaults to `"raise"`):
             What a NaN or infinite loss does: `"raise"` stops the run and names step and samples, `"skip"` drops the
             micro-batch, leaves it out of the logged loss and counts it in the metric `num_skipped_batches`.
@@ -150,6 +152,9 @@ class VideoTrainingConfig(TrainingArguments):
     ema_decay: float | None = field(
         default=None, metadata={"help": "Decay of the moving average of the trainable weights, such as 0.999."}
     )
+    ema_update_steps: int = field(
+        default=1, metadata={"help": "Optimizer steps between two updates of that average."}
+    )
     on_nan: str = field(
         default="raise",
         metadata={"help": "A NaN or infinite loss stops the run or drops the batch.", "choices": ["raise", "skip"]},
@@ -200,6 +205,8 @@ class VideoTrainingConfig(TrainingArguments):
             raise ValueError(f"expert must be 'high' or 'low' (or unset), not {self.expert!r}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie between 0 and 1, such as 0.999, not {self.ema_decay}")
+        if self.ema_update_steps < 1:
+            raise ValueError(f"ema_update_steps must be at least 1, not {self.ema_update_steps}")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay False: no dataset column is an argument of the denoiser")
         if self.validation_steps is not None and self.validation_steps < 1:

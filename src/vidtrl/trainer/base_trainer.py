@@ -44,6 +44,7 @@ from .lora import ADAPTER_FILE, adapter_summary, add_lora, load_adapter, lora_lo
 
 logger = logging.get_logger(__name__)
 
+ROLE_WEIGHTS = "roles.safetensors"
 RAW_WEIGHTS = "training_weights.safetensors"  # beside an average, the weights that training itself continues from
 
 
@@ -162,6 +163,7 @@ class VideoTrainer(Trainer):
         self.num_skipped_batches = 0
         self._skipped_since_log = 0.0  # in optimizer steps
         self._last_log: tuple[float, int] | None = None
+        self.roles: dict[str, WeightAverage] = {}  # further policies on the same base, saved with every checkpoint
         self.average = WeightAverage(self.model, args.ema_decay) if args.ema_decay is not None else None
         if self.average is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -269,7 +271,14 @@ class VideoTrainer(Trainer):
         """Frame rate at which validation videos are written."""
         return self.args.fps or 16
 
-    def generate_videos(self, prompts: list[str], seeds: list[int], images: list | None = None) -> list[Tensor]:
+    def generate_videos(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        images: list | None = None,
+        batch_size: int = 1,
+        **overrides: Any,
+    ) -> list[Tensor]:
         """
         Sample the weights in training with the stock pipeline, one video per prompt.
 
@@ -277,6 +286,8 @@ class VideoTrainer(Trainer):
             prompts (`list[str]`): What to generate.
             seeds (`list[int]`): One seed per prompt.
             images (`list`, *optional*): One image per prompt, for image-to-video models.
+            batch_size (`int`, *optional*, defaults to `1`): Videos per pipeline call.
+            **overrides: Arguments of the pipeline, in place of those that validation videos use.
 
         Returns:
             `list[torch.Tensor]`: float32 tensors (F, C, H, W) in [0, 1] on the CPU.
@@ -293,14 +304,18 @@ class VideoTrainer(Trainer):
         ):
             if value is not None:
                 call[name] = value
+        call |= overrides
         videos = []
         with self.sampling() as pipe:
             pipe.set_progress_bar_config(disable=True)
-            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            for start in range(0, len(prompts), batch_size):
+                part = slice(start, start + batch_size)
+                batch = {"prompt": prompts[part], "generator": [torch.Generator().manual_seed(s) for s in seeds[part]]}
                 if images is not None:
-                    call["image"] = images[i]
-                generator = torch.Generator("cpu").manual_seed(seed)
-                videos.append(pipe(prompt=prompt, generator=generator, **call).frames[0].float().cpu())
+                    batch["image"] = images[part]
+                if batch_size == 1:  # not every pipeline takes lists
+                    batch = {name: values[0] for name, values in batch.items()}
+                videos += pipe(**batch, **call).frames.float().cpu()
         return videos
 
     def end(self) -> None:
@@ -475,6 +490,11 @@ class VideoTrainer(Trainer):
             with torch.no_grad():
                 for name, parameter in self.average.parameters.items():
                     parameter.copy_(weights[name])
+        if self.roles:
+            saved = load_file(Path(resume_from_checkpoint, ROLE_WEIGHTS))
+            for role, weights in self.roles.items():
+                for name, tensor in weights.average.items():
+                    tensor.copy_(saved[f"{role}.{name}"])
 
     def _load_best_model(self) -> None:
         # The Trainer's own would not find the files, log that, and silently keep the last weights
@@ -533,6 +553,11 @@ class VideoTrainer(Trainer):
             raw = {name: p.detach().cpu() for name, p in self.average.parameters.items()}
             raw["num_updates"] = torch.tensor(self.average.num_updates)
             save_file(raw, directory / RAW_WEIGHTS)
+        if self.roles:
+            save_file(
+                {f"{role}.{name}": t.cpu() for role, weights in self.roles.items() for name, t in weights.average.items()},
+                directory / ROLE_WEIGHTS,
+            )
 
     # ---- Hub ----
 

@@ -71,7 +71,8 @@ class EMACallback(TrainerCallback):
         self.average = average
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.average.update()
+        if state.global_step % args.ema_update_steps == 0:
+            self.average.update()
 
 
 class ValidationVideoCallback(TrainerCallback):

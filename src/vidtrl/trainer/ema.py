@@ -41,7 +41,7 @@ class WeightAverage:
         wrong = [name for name, p in self.parameters.items() if p.dtype != torch.float32]
         if wrong:
             raise ValueError(
-                f"ema_decay needs float32 trainable weights, but {wrong[0]} is {self.parameters[wrong[0]].dtype}; "
+                f"an average (ema_decay, or the old policy of a method) needs float32 trainable weights, but {wrong[0]} is {self.parameters[wrong[0]].dtype}; "
                 "load the model in float32 (bf16=True still runs it under bfloat16 autocast)"
             )
         self.reset()
@@ -57,6 +57,11 @@ class WeightAverage:
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
         self.num_updates += 1
+
+    @torch.no_grad()
+    def move(self, share: float) -> None:
+        """Move the average by `share` of the way to the module's present weights; 1 makes them equal."""
+        torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), share)
 
     @torch.no_grad()
     def copy_to_module(self) -> None:

@@ -1,0 +1,979 @@
+"""Reinforcement learning of video diffusion models with group-relative advantages.
+
+The method of https://huggingface.co/papers/2604.25427 (stage 2) by default, its relatives as recipes. One generation:
+
+1. Prompts: P of them, G videos each.
+2. Rollout: a plan (`diffusion.step_schedules`) says which steps of which video draw noise and what videos share; every
+   shared latent is computed once. A stochastic step is a decision: x, its kernel N(mean(v), std^2), and the x' drawn.
+3. Reward: the decoded videos are scored.
+4. Advantage: a drawn x' is worth the mean reward of the videos that came of it, compared with its competitors.
+5. Loss: at each decision one forward gives the mean, and with it the log-probability of every x' drawn from it,
+
+       loss = mean  w_k max(-A r, -A clip(r)),        r = p(x' | x) / p_old(x' | x).
+
+DiffusionNFT and AWM sample deterministically and regress on re-noised videos instead (2. and 5. change).
+Left out: learned rewards' gradients (ReFL), per-token entropy terms, rollout engines outside this process.
+"""
+
+import contextlib
+import inspect
+import os
+import random
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from diffusers import DiffusionPipeline
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from ..data import BucketSampler, standardize_columns
+from ..diffusion import flow, step_schedules
+from ..diffusion.advantages import aggregate_rewards, zero_std_groups
+from ..diffusion.policy_losses import awm_log_prob, clipped_loss, dppo_loss, guard_log_ratio, nft_loss
+from ..diffusion.step_schedules import Plan
+from ..diffusion.transitions import Transition, timestep_weight, transition
+from ..models import Condition
+from ..rewards import RewardRunner
+from ..rollout.branching import Decision, rollout
+from ..rollout.sampling import guided_velocity
+from .base_trainer import VideoTrainer
+from .completions import CompletionLog
+from .draws import draw_seed
+from .ema import WeightAverage
+from .grpo_config import VideoGRPOConfig
+
+
+logger = logging.get_logger(__name__)
+
+MAX_CACHED_CONDITIONS = 1024  # prompts whose encoded text is kept on the CPU
+MEAN_ONE = ("tgr", "tempflow")  # weightings that are normalised to mean 1 over the global batch
+
+
+@dataclass
+class Item:
+    """What one row of a micro-batch trains on: a decision, or (NFT, AWM) a video at one noise level."""
+
+    group: int
+    advantages: Tensor  # (M,) of the decision's children, or (1,)
+    weight: float = 0.0  # of each child in the loss; all of an optimizer step sum to 1 over all processes
+    kl_weight: float = 0.0
+    decision: Decision | None = None
+    x0: Tensor | None = None  # (C, f, h, w)
+    noise: Tensor | None = None
+    sigma: float = 0.0
+    v_old: Tensor | None = None
+    old_log_prob: Tensor | None = None
+
+    @property
+    def step(self) -> int | None:
+        """Index of the sampling step."""
+        return None if self.decision is None else self.decision.step
+
+
+class GenerationSampler(Sampler):
+    """
+    Batches of (epoch, generation, micro-step, group, row) for one process.
+
+    Args:
+        num_rows (`int`): Size of the dataset. Every row is used at least once per epoch.
+        num_groups (`int`): Prompts per generation, over all processes.
+        repeats (`int`): Micro-steps of a generation.
+        groups (`range`): Those that this process has a part in.
+        seed (`int`): Of the order.
+        shuffle (`bool`): Else the dataset's order.
+    """
+
+    def __init__(self, num_rows: int, num_groups: int, repeats: int, groups: range, seed: int, shuffle: bool):
+        self.order = BucketSampler([0] * num_rows, batch_size=num_groups, seed=seed, shuffle=shuffle)
+        self.num_groups, self.repeats, self.groups = num_groups, repeats, groups
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch's order."""
+        self.order.set_epoch(epoch)
+
+    @property
+    def generations_per_epoch(self) -> int:
+        """Number of rollouts of an epoch."""
+        return len(self.order) // self.num_groups
+
+    def __len__(self) -> int:
+        return self.generations_per_epoch * self.repeats
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int, int, int]]]:
+        rows = list(self.order)
+        for generation in range(self.generations_per_epoch):
+            chosen = rows[generation * self.num_groups : (generation + 1) * self.num_groups]
+            for micro_step in range(self.repeats):
+                yield [(self.order.epoch, generation, micro_step, g, chosen[g]) for g in self.groups]
+
+
+class _Rows(torch.utils.data.Dataset):
+    """Rows of the dataset, together with the sampler's key."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, ...]) -> tuple[tuple[int, ...], dict]:
+        return key, self.dataset[key[-1]]
+
+
+class VideoGRPOTrainer(VideoTrainer):
+    """
+    GRPO and its relatives for any supported diffusers video pipeline.
+
+    Args:
+        model (`str`, `PathLike` or `DiffusionPipeline`):
+            Hub id, local path, or a loaded pipeline. Not copied: it carries the trained weights afterwards.
+        reward_funcs (`Callable`, `str` or a list of them):
+            Called with keywords `prompts`, `videos` (list of float32 tensors (F, C, H, W) in [0, 1]) and every other
+            column of the dataset; each returns one float (or `None`) per video. A `str` names a built-in reward.
+        args ([`VideoGRPOConfig`], *optional*):
+            Configuration. Default: the paper's, at the pipeline's own size.
+        train_dataset (`Dataset` or `IterableDataset`):
+            A column `prompt`, `image` for image-to-video models, and any columns for the rewards.
+        eval_dataset (`Dataset`, `IterableDataset` or a dict of them, *optional*):
+            Prompts of the evaluation: fixed seeds, the pipeline's own solver.
+        callbacks (`list[TrainerCallback]`, *optional*):
+            Added to the default ones.
+        optimizers (`tuple`, *optional*):
+            Optimizer and scheduler; default: AdamW and what `args` says.
+        quantization_config (*optional*):
+            A diffusers quantisation configuration, used while loading `model` (an id or path).
+        peft_config (`LoraConfig`, *optional*):
+            Train an adapter; `None` trains all weights of the denoiser.
+        eval_reward_funcs (`list`, *optional*):
+            Rewards that evaluation reports and training never sees: where reward hacking shows.
+
+    Raises:
+        `TypeError`, `ValueError`: For arguments that do not fit, with the fix in the message.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from vidtrl import VideoGRPOConfig, VideoGRPOTrainer
+
+    def smooth(prompts, videos, **kwargs):
+        return [-(v[2:] - 2 * v[1:-1] + v[:-2]).abs().mean().item() for v in videos]
+
+    trainer = VideoGRPOTrainer(
+        model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        reward_funcs=[smooth, "motion-magnitude"],
+        args=VideoGRPOConfig("wan-grpo", height=480, width=832, num_frames=81, max_steps=300),
+        train_dataset=load_dataset("me/prompts", split="train"),
+        peft_config=LoraConfig(r=64, lora_alpha=128),
+    )
+    trainer.train()
+    ```
+    """
+
+    _name = "GRPO"
+    _tag_names = ["vidtrl", "grpo"]
+
+    def __init__(
+        self,
+        model: str | os.PathLike | DiffusionPipeline,
+        reward_funcs: Callable | str | list[Callable | str],
+        args: VideoGRPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        quantization_config=None,
+        peft_config: PeftConfig | None = None,
+        eval_reward_funcs: Callable | str | list[Callable | str] | None = None,
+    ):
+        if args is None:
+            name = type(model).__name__ if isinstance(model, DiffusionPipeline) else os.fspath(model)
+            args = VideoGRPOConfig(f"{name.rstrip('/').split('/')[-1]}-GRPO")
+        if not isinstance(args, VideoGRPOConfig):
+            raise TypeError(f"args must be a VideoGRPOConfig, not {type(args).__name__}")
+        if train_dataset is None:
+            raise ValueError("train_dataset is required: a datasets.Dataset with the column prompt")
+        if peft_config is not None and getattr(peft_config, "lora_dropout", 0.0):
+            raise ValueError("lora_dropout must be 0: rollout and update have to see the same policy")
+        runner = {"timeout": args.reward_timeout, "on_error": args.reward_error}
+        self.rewards = RewardRunner(reward_funcs, weights=args.reward_weights, **runner)
+        trained = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+        held_out = eval_reward_funcs if isinstance(eval_reward_funcs, (list, tuple)) else [eval_reward_funcs or ()]
+        self.eval_rewards = RewardRunner([*trained, *[f for f in held_out if f]], **runner)
+        self._generation: tuple[tuple[int, int], list[list[list[Item]]]] | None = None
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._conditions: OrderedDict[tuple, Condition] = OrderedDict()
+        self._completions: CompletionLog | None = None
+        self._last_ratio_deviation = 0.0
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            data_collator=lambda rows: rows,
+        )
+        forward = args.loss_type in ("nft", "awm")
+        # roles on the one base: a set of trainable weights each, saved with every checkpoint
+        if forward:
+            self.roles["old"] = WeightAverage(self.model, decay=0.5)
+        if args.beta > 0 and (args.sync_ref_model or not isinstance(self._unwrapped(), PeftModel)):
+            self.roles["reference"] = WeightAverage(self.model, decay=0.5)
+        if args.num_prompts * args.num_generations < 64:
+            logger.warning(
+                f"{args.num_prompts} prompts x {args.num_generations} generations = "
+                f"{args.num_prompts * args.num_generations} videos per generation: below 64, rewards often do not rise. "
+                "Raise per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation"
+            )
+
+    # ---- Prompts ----
+
+    def prepare_datasets(self, train_dataset, eval_dataset):
+        args, model = self.args, self.video_model
+        parameters = inspect.signature(type(model.pipe).__call__).parameters
+        for name, argument in (("height",) * 2, ("width",) * 2, ("num_frames", model.family.frames_argument)):
+            if getattr(args, name) is None:
+                default = parameters[argument].default
+                if not isinstance(default, int):
+                    raise ValueError(f"set {name}: {type(model.pipe).__name__} has no size of its own")
+                setattr(args, name, default)
+        if args.guidance_scale != 1.0 and model.pipe.components[self.denoiser_name].config.get("guidance_embeds"):
+            raise ValueError(
+                f"guidance is distilled into this {type(model.pipe).__name__}: set guidance_scale=1.0, or every step "
+                "pays for a second branch that the model was not trained for"
+            )
+        self.latent_shape = model.latent_shape(args.num_frames, args.height, args.width)
+        self.grid = model.sigmas(args.num_inference_steps, self.latent_shape)
+        self._check_schedule()
+        self.negative_condition = None
+        if args.guidance_scale != 1.0:
+            size = args.height, args.width, args.num_frames
+            self.negative_condition = model.condition(
+                args.negative_prompt, *size, negative=True, **self._condition_kwargs()
+            ).to(args.device)
+        if isinstance(eval_dataset, dict):
+            evaluation = {name: self.prepare_dataset(dataset) for name, dataset in eval_dataset.items()}
+        else:
+            evaluation = None if eval_dataset is None else self.prepare_dataset(eval_dataset)
+        return self.prepare_dataset(train_dataset), evaluation
+
+    def prepare_dataset(self, dataset: Dataset | IterableDataset) -> Dataset:
+        """Prompts under the name `prompt`; a streamed dataset is read to its end."""
+        if isinstance(dataset, IterableDataset):
+            dataset = Dataset.from_list(list(dataset))
+        return standardize_columns(dataset, prompts_only=True)
+
+    def data_summary(self) -> dict:
+        """What decides which prompts each generation sees."""
+        return {"num_prompts": len(self.train_dataset), "recipe": self.args.recipe, "loss_type": self.args.loss_type}
+
+    def validation_prompts(self) -> list[str]:
+        if self.args.validation_prompts:
+            return self.args.validation_prompts
+        dataset = self.eval_dataset if isinstance(self.eval_dataset, Dataset) else self.train_dataset
+        return list(dict.fromkeys(dataset["prompt"]))[: self.args.num_validation_videos]
+
+    def _condition_kwargs(self) -> dict:
+        kwargs = dict(self.args.pipeline_kwargs or {})
+        if self.args.max_sequence_length is not None:
+            kwargs["max_sequence_length"] = self.args.max_sequence_length
+        return kwargs
+
+    def condition(self, key: int, row: dict) -> Condition:
+        """What the denoiser gets for a row of the dataset, encoded once per prompt and kept on the CPU."""
+        image = row.get("image") if self.video_model.family.image else None
+        name = (row["prompt"], None if image is None else key)
+        if name not in self._conditions:
+            args = self.args
+            condition = self.video_model.condition(
+                row["prompt"], args.height, args.width, args.num_frames, image=image, **self._condition_kwargs()
+            )
+            self._conditions[name] = condition.to("cpu")
+            if len(self._conditions) > MAX_CACHED_CONDITIONS:
+                self._conditions.popitem(last=False)
+        self._conditions.move_to_end(name)
+        return self._conditions[name]
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        mine = [g for g, members in enumerate(self._members()) if members]
+        self._train_sampler = GenerationSampler(
+            len(self.train_dataset),
+            args.num_prompts,
+            repeats=args.steps_per_generation * args.num_iterations,
+            groups=range(mine[0], mine[-1] + 1),
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=args.shuffle_dataset,
+        )
+        return DataLoader(
+            _Rows(self.train_dataset),
+            batch_sampler=self._train_sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            generator=torch.Generator(),
+        )
+
+    def _members(self) -> list[range]:
+        """Of each group of a generation, the members that this process samples: equally many videos everywhere."""
+        args = self.args
+        here = args.num_prompts * args.num_generations // args.world_size
+        first = args.process_index * here
+        bounds = [
+            (max(0, first - g * args.num_generations), min(args.num_generations, first + here - g * args.num_generations))
+            for g in range(args.num_prompts)
+        ]
+        return [range(low, max(low, high)) for low, high in bounds]
+
+    # ---- Which steps are stochastic, and who shares what ----
+
+    def _candidates(self) -> list[int]:
+        """The steps that may be stochastic: inside `sde_range`, and where the expert in training is used."""
+        steps = step_schedules.step_range(self.args.num_inference_steps, tuple(self.args.sde_range))
+        mine = [i for i in steps if self.video_model.expert(float(self.grid[i])) == self.denoiser_name]
+        if not mine:
+            raise ValueError(
+                f"no step of sde_range={self.args.sde_range} belongs to the expert {self.args.expert or 'high'!r}; "
+                "widen it or train the other expert"
+            )
+        return mine
+
+    def plan(self, iteration: int, rng: random.Random) -> Plan:
+        """
+        Draw the plan of one group.
+
+        Args:
+            iteration (`int`): Number of the generation, from 0.
+            rng (`random.Random`): The group's own; every process draws the same.
+        """
+        args, steps = self.args, self._candidates() if self.args.sde_schedule != "none" else []
+        total, members, latents = args.num_inference_steps, args.num_generations, args.latents_per_prompt
+        if args.sde_schedule == "tree":
+            plan = step_schedules.tree_plan(total, args.tree_splits)
+        elif args.sde_schedule == "branch":
+            chosen = step_schedules.random_steps(steps, args.sde_steps, rng)
+            plan = step_schedules.branch_plan(total, chosen, latents, members // (len(chosen) * latents))
+        elif args.sde_schedule == "granular":
+            branches = members // len(args.granularities)
+            plan = step_schedules.granular_plan(total, rng.choice(steps), branches, args.granularities)
+        else:
+            merged: list[tuple[int, int]] = []
+            if args.sde_schedule == "none":
+                chosen = []
+            elif args.sde_schedule == "single":
+                chosen = [rng.choice(steps)]
+            elif args.sde_schedule == "all":
+                chosen = steps if args.sde_range[1] < 1 or len(steps) < total - 1 else list(range(total - 1))
+            elif args.sde_schedule == "random":
+                chosen = step_schedules.random_steps(steps, args.sde_steps, rng)
+            elif args.sde_schedule == "window":
+                mode, interval = args.window_mode, args.window_interval
+                chosen = step_schedules.window(steps, args.sde_steps, iteration, mode, interval=interval, rng=rng)
+            else:
+                merged = step_schedules.merge_steps(self.grid.tolist(), args.merge_threshold, last=steps[-1] + 1)
+                merged = [span for span in merged if span[0] >= steps[0]]
+                span = rng.choice(merged)
+                chosen, merged = [span[0]], [span]
+            plan = step_schedules.chain_plan(total, members, chosen, latents, merged)
+        if args.tail_ratio < 1:
+            plan = step_schedules.compress_tail(plan, args.tail_ratio)
+        return plan
+
+    def transition(self, x: Tensor, velocity: Tensor, sigma, sigma_next) -> Transition:
+        """The kernel of a stochastic step; see [`~vidtrl.diffusion.transitions.transition`]."""
+        args = self.args
+        return transition(
+            args.transition, x, velocity, sigma, sigma_next, noise_level=args.noise_level, sigma_max=float(self.grid[1])
+        )
+
+    def _check_schedule(self) -> None:
+        """Fail at start-up, not in the middle of a run, where the kernel is singular or the schedule impossible."""
+        if self.args.sde_schedule == "none":
+            return
+        plan, point = self.plan(0, random.Random(0)), torch.zeros(1, 1)
+        used = {step for step, _, _ in plan.decisions()} | set(
+            self._candidates() if self.args.sde_schedule in ("single", "branch", "random", "granular") else []
+        )
+        for step in sorted(used):
+            self.transition(point, point, float(self.grid[step]), float(self.grid[step + 1]))
+
+    # ---- Rollout ----
+
+    def generate(self, inputs: list[tuple[tuple[int, ...], dict]]) -> list[list[list[Item]]]:
+        """
+        Sample, score and compare the videos of one generation.
+
+        Args:
+            inputs: What the sampler gave: (epoch, generation, micro-step, group, row index) and row for each group that this
+                process has a part in.
+
+        Returns:
+            The slices of the generation, one per micro-step; each a list of micro-batches, equally many on all processes.
+        """
+        args, model = self.args, self.video_model
+        epoch, number = inputs[0][0][:2]
+        iteration = epoch * self._train_sampler.generations_per_epoch + number
+        if "old" in self.roles:
+            rate, most = args.old_policy_decay
+            self.roles["old"].move(1 - min(rate * iteration, most))
+        # a window is the same for all prompts, everything else is drawn for each
+        own = args.sde_schedule != "window"
+        seeds = [draw_seed(args.seed, epoch, number, group if own else 0) for group in range(args.num_prompts)]
+        plans = [self.plan(iteration, random.Random(seed)) for seed in seeds]
+        members = self._members()
+        groups = [key[3] for key, _ in inputs]
+        conditions = [self.condition(key[4], row) for key, row in inputs]
+
+        def draw(group: int, *key: int) -> Tensor:
+            source = torch.Generator().manual_seed(draw_seed(args.seed, epoch, number, group, *key))
+            return torch.randn(self.latent_shape, generator=source)
+
+        # a few groups at a time: their async rewards are computed while the next ones are sampled
+        rollout_time = reward_time = 0.0
+        latents, decisions, videos, handles, evaluations = [], [], [], [], 0
+        batch_size = args.rollout_batch_size or args.per_device_train_batch_size
+        policy = self.roles["old"].swapped_in() if args.loss_type == "nft" else contextlib.nullcontext()
+        self._place_experts(args.device)
+        with policy:
+            size = len(groups) if args.reuse_rollout else batch_size
+            for start in range(0, len(groups), size):
+                began, part = time.perf_counter(), range(start, min(start + size, len(groups)))
+                with self.accelerator.autocast(), torch.no_grad():
+                    result = rollout(
+                        model,
+                        [plans[groups[i]] for i in part],
+                        [list(members[groups[i]]) for i in part],
+                        Condition.cat([conditions[i] for i in part]),
+                        self.negative_condition,
+                        sigmas=self.grid,
+                        transition=self.transition,
+                        draw=lambda i, *key, start=start: draw(groups[start + i], *key),
+                        guidance_scale=args.guidance_scale,
+                        batch_size=batch_size,
+                        batch_guidance=args.batch_guidance,
+                        antithetic=args.antithetic,
+                        tail_solver=args.tail_solver,
+                        share=args.share_prefix,
+                        keep_graph=args.reuse_rollout,
+                        denoiser={self.denoiser_name: self.model_wrapped if args.reuse_rollout else self.model},
+                    )
+                decoded = model.decode(torch.cat(result.latents), chunk_size=args.vae_batch_size)
+                rollout_time += time.perf_counter() - began
+                evaluations += result.num_evaluations
+                latents += result.latents
+                videos += decoded
+                for decision in result.decisions:
+                    decision.group = groups[start + decision.group]
+                decisions += result.decisions
+                rows = [inputs[i][1] for i in part for _ in members[groups[i]]]
+                handles.append(self.rewards.submit(
+                    prompts=[row["prompt"] for row in rows],
+                    videos=decoded,
+                    columns={n: [row[n] for row in rows] for n in rows[0] if n not in ("prompt", "image")},
+                    trainer_state=self.state,
+                ))  # fmt: skip
+        self._place_experts("cpu")
+
+        local, extra = [], defaultdict(list)
+        for handle in handles:
+            local.append(self.rewards.collect(handle))
+            reward_time += self.rewards.seconds
+            for name, values in self.rewards.metrics.items():
+                self._metrics[name] += values
+            for name, values in self.rewards.extra.items():
+                extra[name] += values
+            if self.rewards.num_skipped:
+                self._metrics["num_skipped_rewards"].append(float(self.rewards.num_skipped))
+        # every process holds the same number of videos, in the order of (group, member)
+        rewards = self.accelerator.gather(torch.cat(local).to(args.device)).cpu()
+        rewards = rewards.view(args.num_prompts, args.num_generations, -1)
+        advantages = self._advantages(plans, rewards)
+        self._log_rewards(rewards)
+
+        began = time.perf_counter()
+        if args.loss_type in ("clipped", "dppo"):
+            items = self._decision_items(decisions, plans, advantages)
+        else:
+            items = self._video_items(latents, groups, members, conditions, advantages, (epoch, number))
+        self._group_conditions = dict(zip(groups, conditions, strict=True))
+        rollout_time += time.perf_counter() - began
+        slices = self._slices(items)
+        self._metrics["nfe"].append(float(evaluations * args.world_size))
+        self._metrics["rollout_time"].append(rollout_time)
+        self._metrics["reward_time"].append(reward_time)
+        if args.log_completions and self.state.global_step % max(1, int(args.logging_steps)) == 0:
+            self._log_completions(inputs, members, videos, rewards, advantages, extra)
+        return slices
+
+    def _place_experts(self, device: torch.device | str) -> None:
+        """A rollout needs both denoisers of a two-expert model; otherwise only the trained one is on the device."""
+        for name, module in self.video_model.denoisers.items():
+            if name != self.denoiser_name:
+                module.to(device)
+
+    # ---- Advantage ----
+
+    def _advantages(self, plans: list[Plan], rewards: Tensor) -> dict[tuple[int, int, int], float]:
+        """
+        Advantages of everything that was drawn, over all processes.
+
+        The value of a child is the mean reward of the members below it. Its competitors are the other children of the same
+        step of its prompt (`baseline="prompt"`), or of the same initial latent. Tails are compared with their like and summed.
+
+        Args:
+            plans: One per group.
+            rewards: (P, G, R), NaN where a reward does not apply.
+
+        Returns:
+            {(group, step, first member of the child): advantage}; for methods without stochastic steps the step is -1.
+        """
+        args = self.args
+        keys, values, competition = [], [], []
+        for group, plan in enumerate(plans):
+            decided = plan.decisions() or [(-1, -1, [[m] for m in range(plan.num_members)])]
+            for step, _, children in decided:
+                for child in children:
+                    for tail in sorted({int(plan.tail[m]) for m in child}):
+                        below = [m for m in child if int(plan.tail[m]) == tail]
+                        keys.append((group, step, child[0]))
+                        values.append(rewards[group, below].nanmean(0))
+                        latent = int(plan.seed[child[0]]) if args.baseline == "latent" else -1
+                        competition.append((group, step, tail, latent))
+        numbers = {name: i for i, name in enumerate(dict.fromkeys(competition))}
+        ids = torch.tensor([numbers[name] for name in competition])
+        table = torch.stack(values)
+        flat = aggregate_rewards(
+            table, self.rewards.weights, ids, scale=args.scale_rewards, clip=args.advantage_clip,
+            aggregation="advantage" if args.multi_objective_aggregation == "normalize_then_sum" else "reward",
+        )  # fmt: skip
+        self._metrics["frac_reward_zero_std"].append(zero_std_groups(table, ids).float().mean().item())
+        advantages: dict[tuple[int, int, int], float] = defaultdict(float)
+        for key, advantage in zip(keys, flat.tolist(), strict=True):
+            advantages[key] += advantage
+        return dict(advantages)
+
+    # ---- What to train on ----
+
+    def _decision_items(self, decisions, plans, advantages) -> list[Item]:
+        """Decisions of this process with their advantages and step weights; those that teach nothing weigh nothing."""
+        args, point = self.args, torch.zeros(1, 1)
+        chosen = {
+            (group, member): self._trained_steps(group, member, plan)
+            for group, plan in enumerate(plans)
+            for member in range(plan.num_members)
+        }
+        scale: dict[tuple[int, int], float] = {}
+        total, count = 0.0, 0  # over the children of all processes, which every process knows
+        for group, plan in enumerate(plans):
+            for step, _, children in plan.decisions():
+                target = int(plan.target[step, children[0][0]])
+                if (step, target) not in scale:
+                    sigma, sigma_next = float(self.grid[step]), float(self.grid[target])
+                    std = self.transition(point, point, sigma, sigma_next).std
+                    level = args.noise_level
+                    scale[step, target] = timestep_weight(args.timestep_weighting, sigma, sigma_next, std, level).item()
+                for child in children:
+                    if advantages[group, step, child[0]] != 0 and step in chosen[group, child[0]]:
+                        total, count = total + scale[step, target], count + 1
+        if args.timestep_weighting in MEAN_ONE and count:
+            scale = {key: value * count / total for key, value in scale.items()}
+
+        items = []
+        for d in decisions:
+            target = int(plans[d.group].target[d.step, d.children[0][0]])
+            first = [min(_sharers(plans[d.group], d.step, child)) for child in d.children]
+            worth = torch.tensor([advantages[d.group, d.step, m] for m in first])
+            trained = torch.tensor([float(d.step in chosen[d.group, m]) for m in first])
+            weight = scale[d.step, target]
+            kl_weight = weight**2 if args.timestep_weighting == "longcat" else weight  # as LongCat scales its divergence
+            items.append(Item(d.group, worth * trained, weight, kl_weight, decision=d))
+        return items
+
+    def _trained_steps(self, group: int, member: int, plan: Plan) -> set[int]:
+        """DanceGRPO trains a random share of each video's stochastic steps."""
+        steps = (plan.branch[:, member] != step_schedules.ODE).nonzero().flatten().tolist()
+        if self.args.train_fraction == 1:
+            return set(steps)
+        rng = random.Random(draw_seed(self.args.seed, self.state.global_step, group, member))
+        return set(rng.sample(steps, max(1, round(self.args.train_fraction * len(steps)))))
+
+    @torch.no_grad()
+    def _video_items(self, latents, groups, members, conditions, advantages, number) -> list[Item]:
+        """Each video at `num_train_sigmas` stratified noise levels, with what the old policy says there."""
+        args, items = self.args, []
+        for group, videos in zip(groups, latents, strict=True):
+            for member, x0 in zip(members[group], videos, strict=True):
+                source = torch.Generator().manual_seed(draw_seed(args.seed, *number, group, 2, member))
+                worth = torch.tensor([advantages[group, -1, member]])
+                for j in range(args.num_train_sigmas):
+                    sigma = None
+                    while sigma is None:  # rejection: an expert of two is trained where it is used
+                        u = (j + torch.rand(1, generator=source)) / args.num_train_sigmas
+                        candidate = self.video_model.training_sigma(u, self.latent_shape).clamp(min=1e-4).item()
+                        if self.video_model.expert(candidate) == self.denoiser_name:
+                            sigma = candidate
+                    noise = torch.randn(self.latent_shape, generator=source).to(x0.device)
+                    items.append(Item(group, worth, 1.0, 1.0, x0=x0, noise=noise, sigma=sigma))
+        lookup = dict(zip(groups, conditions, strict=True))
+        several_updates = args.steps_per_generation * args.num_iterations > args.gradient_accumulation_steps
+        batch_size = args.rollout_batch_size or args.per_device_train_batch_size
+        for start in range(0, len(items), batch_size):
+            part = items[start : start + batch_size]
+            x = torch.stack([flow.add_noise(item.x0, item.noise, item.sigma) for item in part])
+            sigma = torch.tensor([item.sigma for item in part])
+            condition = Condition.cat([lookup[item.group] for item in part])
+            with self.accelerator.autocast(), self.roles["old"].swapped_in():
+                for item, v in zip(part, self._velocity(self.model, x, sigma, condition), strict=True):
+                    item.v_old = v
+            if args.loss_type == "awm" and several_updates:
+                with self.accelerator.autocast():
+                    v = self._velocity(self.model, x, sigma, condition)
+                noise, x0 = (torch.stack([getattr(item, name) for item in part]) for name in ("noise", "x0"))
+                for item, value in zip(part, awm_log_prob(v, noise, x0, sigma, args.awm_weighting), strict=True):
+                    item.old_log_prob = value
+        return items
+
+    def _slices(self, items: list[Item]) -> list[list[list[Item]]]:
+        """
+        Cut a generation into micro-steps and micro-batches, equally many on all processes, and set the loss weights.
+
+        Items whose advantages are all zero are left out; a process that runs out of items repeats one with weight 0.
+        """
+        args = self.args
+        useful = [item for item in items if bool((item.advantages != 0).any()) or args.beta > 0]
+        number = args.steps_per_generation
+        bounds = [round(i * len(useful) / number) for i in range(number + 1)]
+        slices = [useful[low:high] for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+        size = 10**9 if args.reuse_rollout else args.per_device_train_batch_size
+        batches = [[part[i : i + size] for i in range(0, len(part), size)] for part in slices]
+
+        per_update = args.gradient_accumulation_steps
+        counts = torch.zeros(2, number, dtype=torch.float64)
+        for i, part in enumerate(slices):
+            counts[0, i - i % per_update] += sum(int((x.advantages != 0).sum()) if args.beta == 0 else len(x.advantages) for x in part)
+            counts[1, i] = len(batches[i])
+        everywhere = self.accelerator.gather(counts[None].to(args.device)).cpu()  # (processes, 2, number)
+        children, longest = everywhere[:, 0].sum(0), everywhere[:, 1].amax(0).long().tolist()
+        for i, part in enumerate(slices):
+            share = max(1.0, float(children[i - i % per_update]))
+            for item in part:
+                # gradients are averaged over processes, and the loss of a step is the mean over all its children
+                item.weight *= args.world_size / share
+                item.kl_weight *= args.world_size / share
+        idle = [[Item(items[0].group, items[0].advantages * 0, 0.0, 0.0, **_content(items[0]))]]
+        return [part + idle * (longest[i] - len(part)) for i, part in enumerate(batches)]
+
+    # ---- Loss ----
+
+    def _velocity(self, model: nn.Module, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """Guided as in the rollout; one call per noise level where the family cannot mix them."""
+        args, mixed = self.args, self.video_model.per_sample_sigma and self.video_model.boundary is None
+        parts = [torch.arange(len(x))] if mixed else [(sigma == s).nonzero().flatten() for s in sigma.unique()]
+        velocities = [
+            guided_velocity(
+                self.video_model, x[rows], sigma[rows] if mixed else float(sigma[rows[0]]), condition[rows.tolist()],
+                self.negative_condition, args.guidance_scale, batched=args.batch_guidance,
+                denoiser={self.denoiser_name: model},
+            )
+            for rows in parts
+        ]  # fmt: skip
+        return torch.cat(velocities)[torch.cat(parts).argsort()]
+
+    @contextlib.contextmanager
+    def _reference(self) -> Iterator[None]:
+        """The reference policy: the base under the adapter, or the kept weights. Not for use around a backward pass."""
+        with torch.no_grad():
+            if "reference" in self.roles:
+                with self.roles["reference"].swapped_in():
+                    yield
+            else:
+                with self._unwrapped().disable_adapter():
+                    yield
+
+    def compute_loss(self, model: nn.Module, inputs: list[Item], return_outputs: bool = False, num_items_in_batch=None):
+        args, device = self.args, self.args.device
+        sigma = torch.tensor([item.sigma if item.decision is None else item.decision.sigma for item in inputs])
+        condition = Condition.cat([self._group_conditions[item.group] for item in inputs])
+        advantages = torch.cat([item.advantages for item in inputs]).to(device)
+        counts = torch.tensor([len(item.advantages) for item in inputs])
+        child = torch.arange(len(inputs)).repeat_interleave(counts)  # the item of each child
+        weight = torch.tensor([item.weight for item in inputs])[child].to(device)
+        kl_weight = torch.tensor([item.kl_weight for item in inputs])[child].to(device)
+
+        if inputs[0].decision is None:  # DiffusionNFT and AWM: the finished videos, noised again
+            x0, noise = (torch.stack([getattr(item, name) for item in inputs]) for name in ("x0", "noise"))
+            x = flow.add_noise(x0, noise, sigma)
+        else:
+            x = torch.stack([item.decision.latents for item in inputs])
+        v_ref = None
+        if args.beta > 0:
+            with self._reference():
+                v_ref = self._velocity(self._unwrapped(), x, sigma, condition)
+        if inputs[0].decision is not None and inputs[0].decision.velocity is not None:  # the rollout kept its graph
+            velocity = torch.stack([item.decision.velocity for item in inputs])
+        else:
+            velocity = self._velocity(model, x, sigma, condition)
+
+        if inputs[0].decision is None:
+            loss, ratio, kl = self._video_loss(inputs, velocity, v_ref, x, x0, noise, sigma, advantages)
+        else:
+            loss, ratio, kl = self._decision_loss(inputs, velocity, v_ref, x, sigma, advantages, child)
+        total = (weight * loss).sum() + args.beta * (kl_weight * kl).sum()
+        self._watch(inputs, velocity, ratio, kl, weight, advantages)
+        return (total, {"ratio": ratio, "kl": kl}) if return_outputs else total
+
+    def _decision_loss(self, inputs, velocity, v_ref, x, sigma, advantages, child) -> tuple[Tensor, Tensor, Tensor]:
+        """Policy gradient: (loss, ratio, divergence from the reference) of each child, from one mean per decision."""
+        args, device = self.args, x.device
+        sigma_next = torch.tensor([item.decision.sigma_next for item in inputs])
+        step = self.transition(x, velocity, sigma, sigma_next)[child.to(device)]  # (M, ...)
+        next_latents = torch.cat([item.decision.next_latents for item in inputs])
+        old_log_prob = torch.cat([item.decision.old_log_prob for item in inputs])
+        old_mean = torch.stack([item.decision.old_mean for item in inputs])[child.to(device)]
+        log_prob = step.log_prob(next_latents)
+        if args.ratio_normalization:
+            log_prob = guard_log_ratio(log_prob, old_log_prob, step.mean, old_mean, step.std)
+            old_log_prob = torch.zeros_like(log_prob)
+        if args.loss_type == "dppo":
+            divergence = Transition(old_mean, step.std).kl(step)
+            loss = dppo_loss(log_prob, old_log_prob, divergence, advantages, args.epsilon)
+        else:
+            loss = clipped_loss(log_prob, old_log_prob, advantages, args.epsilon, args.epsilon_high)
+        kl = torch.zeros_like(log_prob)
+        if v_ref is not None:
+            kl = step.kl(self.transition(x, v_ref, sigma, sigma_next)[child.to(device)])
+        return loss, torch.exp(log_prob.detach() - old_log_prob), kl
+
+    def _video_loss(self, inputs, velocity, v_ref, x, x0, noise, sigma, advantages) -> tuple[Tensor, Tensor, Tensor]:
+        """DiffusionNFT or AWM: (loss, ratio, divergence from the reference) of each video at its noise level."""
+        args, v_old = self.args, torch.stack([item.v_old for item in inputs])
+        distance = (velocity - v_old).square().flatten(1).mean(1)
+        if args.loss_type == "nft":
+            loss = nft_loss(velocity, v_old, x, x0, sigma, advantages, args.nft_beta, args.advantage_clip)
+            ratio = torch.ones_like(loss)
+        else:
+            log_prob = awm_log_prob(velocity, noise, x0, sigma, args.awm_weighting)
+            # with one update per generation the policy that sampled is the present one
+            known = inputs[0].old_log_prob is not None
+            old = torch.stack([item.old_log_prob for item in inputs]) if known else log_prob.detach()
+            loss = clipped_loss(log_prob, old, advantages.double(), args.epsilon, args.epsilon_high).float()
+            ratio = torch.exp(log_prob.detach() - old)
+        loss = loss + args.old_policy_beta * distance
+        kl = torch.zeros_like(loss) if v_ref is None else (velocity - v_ref).square().flatten(1).mean(1)
+        return loss, ratio, kl
+
+    def training_step(self, model: nn.Module, inputs: list, num_items_in_batch=None) -> Tensor:
+        """One slice of a generation; its first slice samples the generation."""
+        args = self.args
+        epoch, number, micro_step = inputs[0][0][:3]
+        model.train()
+        fresh = self._generation is None or self._generation[0] != (epoch, number)
+        if fresh:
+            self._generation = (epoch, number), self.generate(inputs)
+        batches = self._generation[1][micro_step % args.steps_per_generation]
+        began, total = time.perf_counter(), torch.zeros((), device=args.device)
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1  # gradients are exchanged once, with the last one
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss = self.compute_loss(model, batch)
+                if fresh and i == 0 and args.loss_type in ("clipped", "dppo"):
+                    self._check_on_policy()
+                loss = self.finite_or_skip(loss, [f"group {item.group}" for item in batch])
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        self._metrics["update_time"].append(time.perf_counter() - began)
+        return total
+
+    def _check_on_policy(self) -> None:
+        """Nothing has been learned yet from this generation, so the update must see what the rollout saw."""
+        deviation = self._last_ratio_deviation
+        limit = 1e-6 if self.video_model.denoisers[self.denoiser_name].dtype == torch.float32 and not (
+            self.args.bf16 or self.args.fp16
+        ) else 1e-3  # fmt: skip
+        if deviation > limit:
+            raise ValueError(
+                f"before the first update of a generation the policy ratio deviates from 1 by {deviation:.1e} (limit "
+                f"{limit:.0e}): the update does not see the policy that sampled. Look for dropout, a stateful hook, or an "
+                "autocast that differs between rollout and update"
+            )
+
+    # ---- What is logged ----
+
+    def _watch(self, inputs, velocity, ratio, kl, weight, advantages) -> None:
+        """Metrics of a micro-batch, kept on the device until they are logged."""
+        counted = weight > 0
+        if not bool(counted.any()):
+            return
+        ratio = ratio.detach()[counted]
+        self._last_ratio_deviation = float((ratio - 1).abs().max())
+        args, metrics = self.args, self._metrics
+        high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+        metrics["ratio/mean"].append(ratio.mean())
+        if args.loss_type in ("clipped", "awm"):
+            a = advantages[counted]
+            low_clipped, high_clipped = (ratio < 1 - args.epsilon) & (a < 0), (ratio > 1 + high) & (a > 0)
+            metrics["clip_ratio/low_mean"].append(low_clipped.float().mean())
+            metrics["clip_ratio/high_mean"].append(high_clipped.float().mean())
+            metrics["clip_ratio/region_mean"].append((low_clipped | high_clipped).float().mean())
+        if args.beta > 0:
+            metrics["kl"].append(kl.detach()[counted].mean())
+        if inputs[0].decision is not None and velocity.requires_grad:
+            steps = [item.step for item in inputs]
+
+            def norms(gradient: Tensor) -> None:
+                for step, norm in zip(steps, gradient.float().flatten(1).norm(dim=1), strict=True):
+                    metrics[f"grad_norm/step_{step}"].append(norm)
+
+            velocity.register_hook(norms)
+
+    def _log_rewards(self, rewards: Tensor) -> None:
+        for i, name in enumerate(self.rewards.names):
+            column = rewards[..., i]
+            self._metrics[f"rewards/{name}/mean"].append(column.nanmean().item())
+            self._metrics[f"rewards/{name}/std"].append(_nanstd(column.flatten()).item())
+        total = (rewards * self.rewards.weights).nansum(-1)  # (P, G)
+        self._metrics["reward"].append(total.mean().item())
+        self._metrics["reward_std"].append(total.std(1).mean().item())
+
+    def _log_completions(self, inputs, members, videos, rewards, advantages, extra) -> None:
+        """Files, table and trackers; see [`~vidtrl.trainer.completions.CompletionLog`]."""
+        args = self.args
+        epoch, number = inputs[0][0][:2]
+        rows = [
+            (key[3], member, row["prompt"], draw_seed(args.seed, epoch, number, key[3], 0, member))
+            for key, row in inputs
+            for member in members[key[3]]
+        ]
+        local = [
+            {
+                "group": group, "member": member, "prompt": prompt, "seed": seed, "video": video.cpu(),
+                "extra": {name: values[i] for name, values in extra.items()},
+            }
+            for i, ((group, member, prompt, seed), video) in enumerate(zip(rows, videos, strict=True))
+        ]  # fmt: skip
+        everything = gather_object(local)
+        if not self.is_world_process_zero():
+            return
+        worth: dict[tuple[int, int], list[float]] = defaultdict(list)
+        for (group, _, member), advantage in advantages.items():
+            worth[group, member].append(advantage)
+        if self._completions is None:
+            self._completions = CompletionLog(
+                args.output_dir, args.num_completions_to_print, args.log_unique_prompts, args.log_completions_hub_repo,
+                fps=self.validation_fps(), hub_token=args.hub_token, hub_private_repo=args.hub_private_repo,
+            )  # fmt: skip
+        self._completions.write(
+            step=self.state.global_step,
+            prompts=[item["prompt"] for item in everything],
+            videos=[item["video"] for item in everything],
+            rewards={
+                name: [rewards[item["group"], item["member"], i].item() for item in everything]
+                for i, name in enumerate(self.rewards.names)
+            },
+            advantages=[sum(worth[item["group"], item["member"]]) for item in everything],
+            seeds=[item["seed"] for item in everything],
+            extra={name: [item["extra"].get(name) for item in everything] for name in everything[0]["extra"]},
+            report_to=args.report_to,
+            callbacks=self.callback_handler.callbacks,
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            local = {name: [float(v) for v in values] for name, values in self._metrics.items()}
+            merged: dict[str, list[float]] = defaultdict(list)
+            for one in gather_object([local]):
+                for name, values in one.items():
+                    merged[name] += values
+            logs |= {name: sum(merged[name]) / len(merged[name]) for name in sorted(merged) if merged[name]}
+            self._metrics.clear()
+        super().log(logs, start_time)
+
+    # ---- Evaluation: the pipeline's own solver, fixed seeds, and rewards that training never sees ----
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """
+        Generate videos of the evaluation prompts with the stock pipeline and score them.
+
+        Args:
+            eval_dataset (`Dataset` or a dict of them, *optional*): Instead of the trainer's.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): Before every metric.
+
+        Returns:
+            `dict[str, float]`: `eval_reward`, `eval_rewards/{name}/mean` and `/std`, `eval_runtime`.
+        """
+        args = self.args
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            metrics = {}
+            for name, one in dataset.items():
+                metrics |= self.evaluate(one, metric_key_prefix=f"{metric_key_prefix}_{name}")
+            return metrics
+        if dataset is None:
+            raise ValueError("evaluation needs an eval_dataset: prompts to generate")
+        began, dataset = time.perf_counter(), self.prepare_dataset(dataset)
+        total = len(dataset) * args.num_generations_eval
+        padded = -(-total // args.world_size) * args.world_size  # equally many everywhere; surplus ones do not count
+        mine = [i % total for i in range(args.process_index, padded, args.world_size)]
+        rows = [dataset[i // args.num_generations_eval] for i in mine]
+        self._place_experts(args.device)
+        with self.video_model.guidance(args.guidance_scale) as guidance:
+            if args.guidance_scale != 1.0 and args.negative_prompt:
+                guidance = {**guidance, "negative_prompt": args.negative_prompt}
+            videos = self.generate_videos(
+                [row["prompt"] for row in rows],
+                seeds=[args.validation_seed + i for i in mine],
+                images=[row["image"] for row in rows] if self.video_model.family.image else None,
+                batch_size=args.per_device_eval_batch_size,
+                num_inference_steps=args.eval_num_inference_steps,
+                **guidance,
+            )
+        self._place_experts("cpu")
+        handle = self.eval_rewards.submit(
+            prompts=[row["prompt"] for row in rows],
+            videos=[video.to(args.device) for video in videos],
+            columns={n: [row[n] for row in rows] for n in rows[0] if n not in ("prompt", "image")},
+            trainer_state=self.state,
+        )
+        local = self.eval_rewards.collect(handle).to(args.device)
+        gathered = self.accelerator.gather(local).view(args.world_size, len(mine), -1).transpose(0, 1)
+        rewards = gathered.flatten(0, 1)[:total].cpu()
+        metrics = {}
+        for i, name in enumerate(self.eval_rewards.names):
+            metrics[f"{metric_key_prefix}_rewards/{name}/mean"] = rewards[:, i].nanmean().item()
+            metrics[f"{metric_key_prefix}_rewards/{name}/std"] = _nanstd(rewards[:, i]).item()
+        trained = rewards[:, : len(self.rewards.names)]
+        metrics[f"{metric_key_prefix}_reward"] = (trained * self.rewards.weights).nansum(-1).mean().item()
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        return metrics
+
+
+def _nanstd(values: Tensor) -> Tensor:
+    known = values[~values.isnan()]
+    return known.std() if len(known) > 1 else torch.tensor(0.0)
+
+
+def _sharers(plan: Plan, step: int, child: list[int]) -> list[int]:
+    """All members, on every process, of the child that these belong to."""
+    for at, _, children in plan.decisions():
+        for members in children if at == step else ():
+            if child[0] in members:
+                return members
+    raise AssertionError("a decision that its plan does not know")
+
+
+def _content(item: Item) -> dict:
+    return {n: getattr(item, n) for n in ("decision", "x0", "noise", "sigma", "v_old", "old_log_prob")}
