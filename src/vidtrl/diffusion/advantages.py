@@ -48,7 +48,7 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, scale: str = "group", e
     else:
         group_std = torch.sqrt(torch.zeros_like(count).index_add_(0, index, centered**2) / count.clamp(min=1))
         std = group_std.max() if scale == "max_group" else group_std[index]
-    return (centered / (std + eps)).float()
+    return (centered / (std + eps)).masked_fill(mute, 0).float()  # 0 / 0 where eps = 0
 
 
 def zero_std_groups(rewards: Tensor, group_ids: Tensor) -> Tensor:
