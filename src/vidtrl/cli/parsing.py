@@ -4,6 +4,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -34,6 +35,13 @@ class VidtrlParser(TrlParser):
     def __init__(self, dataclass_types=None, **kwargs):
         self._config_args: list[str] = []
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        kinds = {name: kind for one in dataclass_types or () for name, kind in get_type_hints(one).items()}
+        for action in self._actions:
+            if kinds.get(action.dest) == bool | None and action.nargs is None:
+                action.nargs, action.const = (
+                    "?",
+                    True,
+                )  # `--bf16` alone, although its default is neither True nor False
 
     def error(self, message: str):
         """argparse would print a usage of two hundred options first."""
