@@ -123,7 +123,9 @@ def chain_plan(
     if num_latents < 1 or num_members % num_latents:
         raise ValueError(f"num_latents must divide num_generations={num_members}, got {num_latents}.")
     if bad := [i for i in stochastic if not 0 <= i < num_steps]:
-        raise ValueError(f"stochastic steps {bad} lie outside the schedule of {num_steps} steps (0 to {num_steps - 1}).")
+        raise ValueError(
+            f"stochastic steps {bad} lie outside the schedule of {num_steps} steps (0 to {num_steps - 1})."
+        )
     members = torch.arange(num_members)
     branch = torch.full((num_steps, num_members), ODE)
     branch[list(stochastic)] = members
@@ -210,7 +212,9 @@ def step_range(num_steps: int, share: tuple[float, float]) -> range:
 def random_steps(steps: Sequence[int], count: int, rng: random.Random) -> list[int]:
     """`count` distinct steps drawn uniformly."""
     if not 1 <= count <= len(steps):
-        raise ValueError(f"sde_steps={count} but there are {len(steps)} steps to choose from; lower it or widen sde_range.")
+        raise ValueError(
+            f"sde_steps={count} but there are {len(steps)} steps to choose from; lower it or widen sde_range."
+        )
     return sorted(rng.sample(list(steps), count))
 
 

@@ -145,7 +145,9 @@ def rollout(
                     for together in _split(path.members, lambda m, branch=branch: branch[m] != ODE):
                         mine = _Path(path.group, together, path.x, i, path.previous)
                         if branch[together[0]] == ODE:
-                            later = any(branches[path.group][j][m] != ODE for j in range(i, len(grid) - 1) for m in together)
+                            later = any(
+                                branches[path.group][j][m] != ODE for j in range(i, len(grid) - 1) for m in together
+                            )
                             solver = "euler" if later else tail_solver
                             paths += _deterministic(mine, v.detach(), grid, target, solver)
                             continue
@@ -164,9 +166,16 @@ def rollout(
                         following = following.to(storage_dtype).float()
                         decisions.append(
                             Decision(
-                                group=path.group, step=i, node=node, sigma=grid[i], sigma_next=grid[j],
-                                latents=path.x, children=children, next_latents=following,
-                                old_log_prob=step_of_each.log_prob(following), old_mean=step.mean[0],
+                                group=path.group,
+                                step=i,
+                                node=node,
+                                sigma=grid[i],
+                                sigma_next=grid[j],
+                                latents=path.x,
+                                children=children,
+                                next_latents=following,
+                                old_log_prob=step_of_each.log_prob(following),
+                                old_mean=step.mean[0],
                                 velocity=v if with_graph else None,
                             )  # fmt: skip
                         )

@@ -183,7 +183,7 @@ class CompletionLog:
         os.replace(staging, path)
         rows = table.to_pylist()
         self._merge_metadata(step, rows)
-        self._print(step, rows, list(rewards), list(extra), [directory / f"{name}.png" for name in names])
+        self._print(step, rows, list(rewards), list(extra))
         self._track(step, rows, report_to, callbacks)
         if self.api is not None:
             self._upload(step, ["README.md", "metadata.jsonl", path.name, f"{directory.name}/*"])
@@ -217,7 +217,7 @@ class CompletionLog:
         staging.write_text("\n".join(lines) + "\n", encoding="utf-8")
         os.replace(staging, path)
 
-    def _print(self, step: int, rows: list[dict], rewards: list[str], extra: list[str], thumbnails: list[Path]):
+    def _print(self, step: int, rows: list[dict], rewards: list[str], extra: list[str]) -> None:
         shown = range(len(rows))
         if self.num_print is not None and self.num_print < len(rows):
             # a generator of its own: the global one belongs to the training, which must not change by being watched
@@ -232,11 +232,11 @@ class CompletionLog:
         for name in extra:
             table.add_column(Text(name))
         for i in shown:
-            cells = [rows[i]["prompt"], str(thumbnails[i])]
+            cells = [rows[i]["prompt"], str(Path(rows[i]["video"]).with_suffix(".png"))]
             cells += ["-" if rows[i][name] is None else f"{rows[i][name]:.3f}" for name in [*rewards, "advantage"]]
             cells += ["-" if rows[i][name] is None else str(rows[i][name]) for name in extra]
             table.add_row(*map(Text, cells), end_section=True)  # Text: a prompt's [brackets] are no markup
-        Console().print(Panel(table, title=f"Step {step}", expand=False))
+        Console().print(Panel(table, title=f"Step {step}", subtitle=Text(f"thumbnails: {self.folder}")))
 
     def _track(self, step: int, rows: list[dict], report_to: Sequence[str], callbacks: Sequence[TrainerCallback]):
         if self.unique_prompts:

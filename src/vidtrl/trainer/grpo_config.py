@@ -322,12 +322,19 @@ class VideoGRPOConfig(VideoTrainingConfig):
                 "its prompt"
             )
         forward = self.loss_type in ("nft", "awm")
-        needs = {"window": "window_mode", "merged": "merge_threshold", "tree": "tree_splits", "granular": "granularities"}
+        needs = {
+            "window": "window_mode",
+            "merged": "merge_threshold",
+            "tree": "tree_splits",
+            "granular": "granularities",
+        }
         missing = needs.get(self.sde_schedule)
         if missing and getattr(self, missing) is None:
             raise ValueError(f"sde_schedule={self.sde_schedule!r} needs {missing}; set it, or take a recipe that does")
         if not forward and self.sde_schedule == "none":
-            raise ValueError(f"loss_type={self.loss_type!r} needs stochastic steps: set sde_schedule, such as 'single'")
+            raise ValueError(
+                f"loss_type={self.loss_type!r} needs stochastic steps: set sde_schedule, such as 'single'"
+            )
         if forward and self.sde_schedule != "none":
             raise ValueError(f"loss_type={self.loss_type!r} samples deterministically: leave sde_schedule at 'none'")
         if self.sde_schedule == "tree" and self.num_generations != 2 ** len(self.tree_splits):
@@ -353,7 +360,9 @@ class VideoGRPOConfig(VideoTrainingConfig):
         if self.baseline == "latent" and self.latents_per_prompt == self.num_generations:
             raise ValueError("baseline='latent' compares videos of one latent: set shared_noise=True or num_latents")
         if len(self.sde_range) != 2 or not 0 <= self.sde_range[0] < self.sde_range[1] <= 1:
-            raise ValueError(f"sde_range must be two increasing shares of the schedule, such as 0.0 0.5, not {self.sde_range}")
+            raise ValueError(
+                f"sde_range must be two increasing shares of the schedule, such as 0.0 0.5, not {self.sde_range}"
+            )
         if not 0 < self.train_fraction <= 1:
             raise ValueError(f"train_fraction must lie in (0, 1], not {self.train_fraction}")
         if self.steps_per_generation % self.gradient_accumulation_steps:

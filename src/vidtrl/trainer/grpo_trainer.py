@@ -30,11 +30,11 @@ from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..data import BucketSampler, standardize_columns
+from ..data import standardize_columns
 from ..diffusion import flow, step_schedules
 from ..diffusion.advantages import aggregate_rewards, zero_std_groups
 from ..diffusion.policy_losses import awm_log_prob, clipped_loss, dppo_loss, guard_log_ratio, nft_loss
@@ -49,6 +49,7 @@ from .completions import CompletionLog
 from .draws import draw_seed
 from .ema import WeightAverage
 from .grpo_config import VideoGRPOConfig
+from .prompt_batches import GenerationSampler, PromptRows
 
 
 logger = logging.get_logger(__name__)
@@ -76,56 +77,6 @@ class Item:
     def step(self) -> int | None:
         """Index of the sampling step."""
         return None if self.decision is None else self.decision.step
-
-
-class GenerationSampler(Sampler):
-    """
-    Batches of (epoch, generation, micro-step, group, row) for one process.
-
-    Args:
-        num_rows (`int`): Size of the dataset. Every row is used at least once per epoch.
-        num_groups (`int`): Prompts per generation, over all processes.
-        repeats (`int`): Micro-steps of a generation.
-        groups (`range`): Those that this process has a part in.
-        seed (`int`): Of the order.
-        shuffle (`bool`): Else the dataset's order.
-    """
-
-    def __init__(self, num_rows: int, num_groups: int, repeats: int, groups: range, seed: int, shuffle: bool):
-        self.order = BucketSampler([0] * num_rows, batch_size=num_groups, seed=seed, shuffle=shuffle)
-        self.num_groups, self.repeats, self.groups = num_groups, repeats, groups
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's order."""
-        self.order.set_epoch(epoch)
-
-    @property
-    def generations_per_epoch(self) -> int:
-        """Number of rollouts of an epoch."""
-        return len(self.order) // self.num_groups
-
-    def __len__(self) -> int:
-        return self.generations_per_epoch * self.repeats
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, int, int, int]]]:
-        rows = list(self.order)
-        for generation in range(self.generations_per_epoch):
-            chosen = rows[generation * self.num_groups : (generation + 1) * self.num_groups]
-            for micro_step in range(self.repeats):
-                yield [(self.order.epoch, generation, micro_step, g, chosen[g]) for g in self.groups]
-
-
-class _Rows(torch.utils.data.Dataset):
-    """Rows of the dataset, together with the sampler's key."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple[int, ...]) -> tuple[tuple[int, ...], dict]:
-        return key, self.dataset[key[-1]]
 
 
 class VideoGRPOTrainer(VideoTrainer):
@@ -213,7 +164,7 @@ class VideoGRPOTrainer(VideoTrainer):
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._conditions: OrderedDict[tuple, Condition] = OrderedDict()
         self._completions: CompletionLog | None = None
-        self._last_ratio_deviation = 0.0
+        self._last_ratio_deviation = self._update_time = 0.0
         super().__init__(
             model,
             args,
@@ -318,7 +269,7 @@ class VideoGRPOTrainer(VideoTrainer):
             shuffle=args.shuffle_dataset,
         )
         return DataLoader(
-            _Rows(self.train_dataset),
+            PromptRows(self.train_dataset),
             batch_sampler=self._train_sampler,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
@@ -331,7 +282,10 @@ class VideoGRPOTrainer(VideoTrainer):
         here = args.num_prompts * args.num_generations // args.world_size
         first = args.process_index * here
         bounds = [
-            (max(0, first - g * args.num_generations), min(args.num_generations, first + here - g * args.num_generations))
+            (
+                max(0, first - g * args.num_generations),
+                min(args.num_generations, first + here - g * args.num_generations),
+            )
             for g in range(args.num_prompts)
         ]
         return [range(low, max(low, high)) for low, high in bounds]
@@ -394,7 +348,13 @@ class VideoGRPOTrainer(VideoTrainer):
         """The kernel of a stochastic step; see [`~vidtrl.diffusion.transitions.transition`]."""
         args = self.args
         return transition(
-            args.transition, x, velocity, sigma, sigma_next, noise_level=args.noise_level, sigma_max=float(self.grid[1])
+            args.transition,
+            x,
+            velocity,
+            sigma,
+            sigma_next,
+            noise_level=args.noise_level,
+            sigma_max=float(self.grid[1]),
         )
 
     def _check_schedule(self) -> None:
@@ -582,7 +542,9 @@ class VideoGRPOTrainer(VideoTrainer):
                     sigma, sigma_next = float(self.grid[step]), float(self.grid[target])
                     std = self.transition(point, point, sigma, sigma_next).std
                     level = args.noise_level
-                    scale[step, target] = timestep_weight(args.timestep_weighting, sigma, sigma_next, std, level).item()
+                    scale[step, target] = timestep_weight(
+                        args.timestep_weighting, sigma, sigma_next, std, level
+                    ).item()
                 for child in children:
                     if advantages[group, step, child[0]] != 0 and step in chosen[group, child[0]]:
                         total, count = total + scale[step, target], count + 1
@@ -596,7 +558,9 @@ class VideoGRPOTrainer(VideoTrainer):
             worth = torch.tensor([advantages[d.group, d.step, m] for m in first])
             trained = torch.tensor([float(d.step in chosen[d.group, m]) for m in first])
             weight = scale[d.step, target]
-            kl_weight = weight**2 if args.timestep_weighting == "longcat" else weight  # as LongCat scales its divergence
+            kl_weight = (
+                weight**2 if args.timestep_weighting == "longcat" else weight
+            )  # as LongCat scales its divergence
             items.append(Item(d.group, worth * trained, weight, kl_weight, decision=d))
         return items
 
@@ -661,7 +625,9 @@ class VideoGRPOTrainer(VideoTrainer):
         per_update = args.gradient_accumulation_steps
         counts = torch.zeros(2, number, dtype=torch.float64)
         for i, part in enumerate(slices):
-            counts[0, i - i % per_update] += sum(int((x.advantages != 0).sum()) if args.beta == 0 else len(x.advantages) for x in part)
+            counts[0, i - i % per_update] += sum(
+                int((x.advantages != 0).sum()) if args.beta == 0 else len(x.advantages) for x in part
+            )
             counts[1, i] = len(batches[i])
         everywhere = self.accelerator.gather(counts[None].to(args.device)).cpu()  # (processes, 2, number)
         children, longest = everywhere[:, 0].sum(0), everywhere[:, 1].amax(0).long().tolist()
@@ -701,7 +667,9 @@ class VideoGRPOTrainer(VideoTrainer):
                 with self._unwrapped().disable_adapter():
                     yield
 
-    def compute_loss(self, model: nn.Module, inputs: list[Item], return_outputs: bool = False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: nn.Module, inputs: list[Item], return_outputs: bool = False, num_items_in_batch=None
+    ):
         args, device = self.args, self.args.device
         sigma = torch.tensor([item.sigma if item.decision is None else item.decision.sigma for item in inputs])
         condition = Condition.cat([self._group_conditions[item.group] for item in inputs])
@@ -793,7 +761,10 @@ class VideoGRPOTrainer(VideoTrainer):
                 loss = self.finite_or_skip(loss, [f"group {item.group}" for item in batch])
                 self.accelerator.backward(loss)
             total += loss.detach()
-        self._metrics["update_time"].append(time.perf_counter() - began)
+        self._update_time += time.perf_counter() - began
+        if (micro_step + 1) % (args.steps_per_generation * args.num_iterations) == 0:
+            self._metrics["update_time"].append(self._update_time)
+            self._update_time = 0.0
         return total
 
     def _check_on_policy(self) -> None:

@@ -1,0 +1,59 @@
+"""Prompts in the order in which generations use them."""
+
+from collections.abc import Iterator
+
+import torch
+from datasets import Dataset
+from torch.utils.data import Sampler
+
+from ..data import BucketSampler
+
+
+class GenerationSampler(Sampler):
+    """
+    Batches of (epoch, generation, micro-step, group, row) for one process.
+
+    Args:
+        num_rows (`int`): Size of the dataset. Every row is used at least once per epoch.
+        num_groups (`int`): Prompts per generation, over all processes.
+        repeats (`int`): Micro-steps of a generation.
+        groups (`range`): Those that this process has a part in.
+        seed (`int`): Of the order.
+        shuffle (`bool`): Else the dataset's order.
+    """
+
+    def __init__(self, num_rows: int, num_groups: int, repeats: int, groups: range, seed: int, shuffle: bool):
+        self.order = BucketSampler([0] * num_rows, batch_size=num_groups, seed=seed, shuffle=shuffle)
+        self.num_groups, self.repeats, self.groups = num_groups, repeats, groups
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch's order."""
+        self.order.set_epoch(epoch)
+
+    @property
+    def generations_per_epoch(self) -> int:
+        """Number of rollouts of an epoch."""
+        return len(self.order) // self.num_groups
+
+    def __len__(self) -> int:
+        return self.generations_per_epoch * self.repeats
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int, int, int]]]:
+        rows = list(self.order)
+        for generation in range(self.generations_per_epoch):
+            chosen = rows[generation * self.num_groups : (generation + 1) * self.num_groups]
+            for micro_step in range(self.repeats):
+                yield [(self.order.epoch, generation, micro_step, g, chosen[g]) for g in self.groups]
+
+
+class PromptRows(torch.utils.data.Dataset):
+    """Rows of the dataset, together with the sampler's key."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, ...]) -> tuple[tuple[int, ...], dict]:
+        return key, self.dataset[key[-1]]
