@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from datasets import load_dataset
+from safetensors.torch import load_file
 
 from vidtrl import toy
 from vidtrl.cli.errors import UserError
@@ -81,11 +83,20 @@ def config(tmp_path, prompts):
     return write
 
 
-def vidtrl(*args, **kwargs):
-    """The command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "vidtrl.cli.main", *map(str, args)], capture_output=True, text=True, env=ENV, **kwargs
-    )
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Work in a folder of our own, with a wide terminal."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+def error_line(capsys):
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("vidtrl: error: ")]
+    assert len(lines) == 1 and "Traceback" not in err, err[-3000:]
+    return lines[0]
 
 
 # ---- Options ----
@@ -225,8 +236,7 @@ def test_rewards_are_names_or_import_paths(tmp_path, monkeypatch):
 )
 def test_mistakes_are_one_line(config, capsys, change, message):
     assert main(["grpo", "--config", config(**change)]) == 2
-    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vidtrl: error: ")]
-    assert len(err) == 1 and message in err[0]
+    assert message in error_line(capsys)
 
 
 # ---- Training ----
@@ -236,14 +246,14 @@ def history(checkpoint):
     return json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
 
 
-def test_trains_evaluates_logs_and_resumes(config, tmp_path):
-    Path(tmp_path / "my_rewards.py").write_text(REWARDS)
+def test_trains_evaluates_logs_and_resumes(config, here, capsys):
+    (here / "rewards_that_work.py").write_text(REWARDS)
     rows = [{"prompt": p, "weight": i} for i, p in enumerate(PROMPTS)]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (here / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     path = config(
         dataset_name="prompts.jsonl",
         dataset_test_split="train[:2]",
-        reward_funcs=["my_rewards:red", "my_rewards:rows", "toy-steadiness"],
+        reward_funcs=["rewards_that_work:red", "rewards_that_work:rows", "toy-steadiness"],
         eval_reward_funcs=["toy-presence"],
         eval_strategy="steps",
         eval_steps=2,
@@ -251,38 +261,38 @@ def test_trains_evaluates_logs_and_resumes(config, tmp_path):
         log_completions=True,
         num_completions_to_print=1,
     )
-    done = vidtrl("grpo", "--config", path, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    out = tmp_path / "out"
+    assert main(["grpo", "--config", path]) == 0
+    out, shown = here / "out", capsys.readouterr().out
     assert (out / "pytorch_lora_weights.safetensors").is_file() and (out / "checkpoint-2").is_dir()
     logs = history(out / "checkpoint-2")
     names = {name for entry in logs for name in entry}
     assert {"reward", "reward_std", "rewards/red/mean", "rewards/rows/mean", "rewards/toy-steadiness/mean"} <= names
     assert "eval_rewards/toy-presence/mean" in names and "rewards/toy-presence/mean" not in names
     # the completion log
-    assert done.stdout.count(".png") == 2 and "Step " in done.stdout
-    logged = load_dataset(str(out / "completions"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert shown.count(".png") == 2 and "Step 1" in shown
+    logged = load_dataset(str(out / "completions"), split="train", cache_dir=str(here / "cache"))
     logged = logged.remove_columns("video")
     assert len(logged) == 8 and all(row["prompt"] == PROMPTS[int(row["weight_seen"])] for row in logged)
     assert all(row["rows"] == row["weight_seen"] and 0 < row["red"] < 1 for row in logged)
     # one more update
-    done = vidtrl("grpo", "--config", path, "--max_steps", 3, "--resume_from_checkpoint", "latest", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"resuming from {out / 'checkpoint-2'}" in done.stdout
+    assert main(["grpo", "--config", path, "--max_steps", "3", "--resume_from_checkpoint", "latest"]) == 0
+    assert f"resuming from {out / 'checkpoint-2'}" in capsys.readouterr().out
     assert [entry["step"] for entry in history(out / "checkpoint-3") if "reward" in entry] == [1, 2, 3]
 
 
-def test_a_reward_that_fails_is_one_line_that_says_where(config, tmp_path):
-    (tmp_path / "my_rewards.py").write_text(REWARDS)
-    for name, message in (("broken", "my_rewards.py, line 10"), ("short", "4")):
-        done = vidtrl("grpo", "--config", config(reward_funcs=[f"my_rewards:{name}"]), cwd=tmp_path)
-        assert done.returncode == 2, done.stderr[-3000:]
-        (line,) = [line for line in done.stderr.splitlines() if line.startswith("vidtrl: error: ")]
-        assert f"reward function '{name}' failed" in line and message in line and "Traceback" not in done.stderr
+@pytest.mark.parametrize(("name", "message"), [("broken", "rewards_that_fail.py, line 10."), ("short", "4")])
+def test_a_reward_that_fails_is_one_line_that_says_where(config, here, capsys, name, message):
+    (here / "rewards_that_fail.py").write_text(REWARDS)
+    assert main(["grpo", "--config", config(reward_funcs=[f"rewards_that_fail:{name}"])]) == 2
+    line = error_line(capsys)
+    assert f"reward function '{name}' failed" in line and message in line
+    assert ("Raised in" in line) == (name == "broken")
 
 
-def test_ctrl_c_exits_130_and_the_same_command_goes_on_bit_for_bit(config, tmp_path):
-    path = config(max_steps=100_000, lr_scheduler_type="constant")
+def test_ctrl_c_exits_130_and_the_same_command_goes_on_bit_for_bit(config, tmp_path, capsys):
+    # a continuous reward and no average: every step changes the saved weights
+    changes = dict(reward_funcs=["temporal-smoothness"], ema_decay=0, lr_scheduler_type="constant")
+    path = config(max_steps=100_000, **changes)
     command = [sys.executable, "-m", "vidtrl.cli.main", "grpo", "--config", path]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV)
     deadline = time.monotonic() + 120
@@ -295,14 +305,13 @@ def test_ctrl_c_exits_130_and_the_same_command_goes_on_bit_for_bit(config, tmp_p
     assert "--resume_from_checkpoint latest goes on from" in err and "Traceback" not in err
 
     last = max(int(folder.name.split("-")[1]) for folder in (tmp_path / "out").glob("checkpoint-*"))
-    steps = ["--max_steps", last + 1]
-    done = vidtrl("grpo", "--config", path, *steps, "--resume_from_checkpoint", "latest")
-    assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr[-2000:]
-    done = vidtrl("grpo", "--config", path, *steps, "--output_dir", tmp_path / "whole")
-    assert done.returncode == 0, done.stderr[-2000:]
-    weights = [
-        tmp_path / run / f"checkpoint-{last + 1}" / "pytorch_lora_weights.safetensors" for run in ("out", "whole")
-    ]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
-    before = tmp_path / "out" / f"checkpoint-{last}" / "pytorch_lora_weights.safetensors"
-    assert before.read_bytes() != weights[0].read_bytes()  # the step that was taken changed something
+    steps = ["--max_steps", str(last + 1)]
+    assert main(["grpo", "--config", path, *steps, "--resume_from_checkpoint", "latest"]) == 0
+    assert f"resuming from {tmp_path / 'out' / f'checkpoint-{last}'}" in capsys.readouterr().out
+    assert main(["grpo", "--config", path, *steps, "--output_dir", str(tmp_path / "whole")]) == 0
+    runs = (("out", last), ("out", last + 1), ("whole", last + 1))
+    before, resumed, whole = (
+        load_file(tmp_path / run / f"checkpoint-{step}" / "pytorch_lora_weights.safetensors") for run, step in runs
+    )
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole) and resumed.keys() == whole.keys()
+    assert not all(torch.equal(resumed[name], before[name]) for name in before)  # the last step changed something

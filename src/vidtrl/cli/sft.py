@@ -267,6 +267,10 @@ def fit(trainer, script_args: ScriptArguments) -> int:
         trainer.train(resume_from_checkpoint=resume_point(args))
     except KeyboardInterrupt:
         raise Interrupted(resume_hint(args.output_dir)) from None
+    except Exception:
+        if trainer.is_local_process_zero() and not args.disable_tqdm:
+            print(file=sys.stderr)  # the progress bar has not ended its line
+        raise
     trainer.save_model(args.output_dir)
     if args.push_to_hub:
         local = Path(script_args.dataset_name).expanduser().exists()
