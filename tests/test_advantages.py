@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -31,6 +31,7 @@ def test_agrees_with_the_original_implementation(scale, key):
     assert (group_advantages(rewards, groups, scale) * math.sqrt(3 / 4) - VECTORS[key]).abs().max() > 0.05
 
 
+@settings(deadline=None)
 @given(REWARDS, st.sampled_from(SCALES), st.permutations(range(12)))
 def test_advantages_ignore_order_offset_and_group_names(rewards, scale, order):
     expected = group_advantages(rewards, GROUPS, scale)
@@ -43,6 +44,7 @@ def test_advantages_ignore_order_offset_and_group_names(rewards, scale, order):
         torch.testing.assert_close(group_advantages(rewards + offset, GROUPS, scale), expected, atol=1e-5, rtol=1e-5)
 
 
+@settings(deadline=None)
 @given(REWARDS, st.sampled_from(SCALES))
 def test_advantages_of_a_group_sum_to_zero(rewards, scale):
     advantages = group_advantages(rewards, GROUPS, scale)
@@ -50,6 +52,7 @@ def test_advantages_of_a_group_sum_to_zero(rewards, scale):
     assert advantages.reshape(3, 4).double().sum(1).abs().max() < 1e-4
 
 
+@settings(deadline=None)
 @given(REWARDS)
 def test_what_the_std_is_of(rewards):
     """Population std of every group, by the definition."""
@@ -67,6 +70,7 @@ def test_what_the_std_is_of(rewards):
         torch.testing.assert_close(group_advantages(rewards, GROUPS, scale), expected, rtol=1e-4, atol=1e-4)
 
 
+@settings(deadline=None)
 @given(st.floats(-100, 100), st.sampled_from(SCALES))
 @example(0.1, "none")
 def test_equal_rewards_give_exactly_zero(value, scale):
@@ -78,6 +82,7 @@ def test_equal_rewards_give_exactly_zero(value, scale):
     assert zero_std_groups(rewards, groups).tolist() == [True] * 3 + [False] * 3
 
 
+@settings(deadline=None)
 @given(REWARDS, st.sampled_from(SCALES), st.integers(0, 11))
 def test_a_reward_that_does_not_apply_is_as_if_the_sample_were_absent(rewards, scale, missing):
     with_nan = rewards.clone()
@@ -107,6 +112,7 @@ def test_zero_std_groups_of_several_rewards():
 # ---- several rewards
 
 
+@settings(deadline=None)
 @given(REWARDS, REWARDS, st.floats(0.1, 100))
 def test_advantage_aggregation_ignores_units_and_reward_aggregation_does_not(first, second, unit):
     weights = torch.tensor([1.0, 0.5])
@@ -150,6 +156,7 @@ def test_missing_rewards(aggregation):
     assert result.tolist() == [-1.0, 1.0, -4.0, 4.0, 0.0]
 
 
+@settings(deadline=None)
 @given(REWARDS, st.floats(0.1, 3))
 def test_clipping(rewards, clip):
     free = aggregate_rewards(rewards[:, None], torch.tensor([4.0]), GROUPS, clip=None)

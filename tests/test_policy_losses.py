@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -44,6 +44,7 @@ def test_clipped_loss_agrees_with_the_original_implementation():
     assert abs(clipped_loss(new, old, advantages, 1e-4).mean() - expected) > 1e-4
 
 
+@settings(deadline=None)
 @given(LOG_RATIOS, st.floats(-5, 5).filter(lambda a: abs(a) > 1e-3), st.floats(1e-4, 1e-2), st.floats(1e-4, 1e-2))
 def test_clipping_stops_the_gradient_only_where_the_ratio_has_gone_far_enough(log_ratio, advantage, low, high):
     new = torch.tensor([log_ratio], dtype=torch.float64)
@@ -88,6 +89,7 @@ def guard_case(sigma, sigma_next, seed=0):
     return old, new, noise, log_prob(new), log_prob(old)
 
 
+@settings(deadline=None)
 @given(st.floats(0.1, 0.95), st.floats(0.1, 0.9))
 def test_guard_ratio_is_the_noise_projected_on_the_change_of_the_mean(sigma, fraction):
     old, new, noise, log_prob, old_log_prob = guard_case(sigma, sigma * fraction)
@@ -159,6 +161,7 @@ def test_nft_agrees_with_the_original_implementation(beta):
     assert scaled_error(gradient(lambda v: loss(v, beta * 1.01), V), VECTORS[f"nft.beta={beta}.grad"]) > 1e-4
 
 
+@settings(deadline=None)
 @given(st.floats(-7, 7), st.sampled_from([1.0, 0.5, 0.1]), st.floats(0.1, 1.0))
 def test_nft_optimum_with_the_weights_of_the_start(advantage, beta, sigma):
     """At v = v_old both weights are equal; held there, the loss is quadratic and one Newton step finds its minimum."""

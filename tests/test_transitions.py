@@ -150,8 +150,8 @@ def test_noise_without_the_score_correction_does_not():
 # ---- the relations between kernels
 
 
-@given(st.floats(0.02, 0.98), st.floats(0.01, 0.99), st.sampled_from(sorted(LEVELS)))
 @settings(deadline=None)
+@given(st.floats(0.02, 0.98), st.floats(0.01, 0.99), st.sampled_from(sorted(LEVELS)))
 def test_a_batch_of_times_is_one_time_after_another(sigma, fraction, name):
     x, v, _ = state()
     times = (
@@ -167,6 +167,7 @@ def test_a_batch_of_times_is_one_time_after_another(sigma, fraction, name):
     assert together.std.shape == (2,) and (together.std > 0).all()
 
 
+@settings(deadline=None)
 @given(st.floats(0.02, 0.98), st.floats(0.0, 0.99))
 def test_no_noise_is_the_ode(sigma, fraction):
     x, v, _ = state()

@@ -90,8 +90,8 @@ def dppo_loss(log_prob: Tensor, old_log_prob: Tensor, kl: Tensor, advantages: Te
         [0.0, 1.1052]
     """
     ratio = torch.exp(log_prob - old_log_prob)
-    outward = (ratio.detach() - 1) * advantages > 0
-    return (-advantages * ratio).masked_fill(outward & (kl.detach() > threshold), 0)
+    outward = (ratio - 1) * advantages > 0
+    return (-advantages * ratio).masked_fill(outward & (kl > threshold), 0)
 
 
 def nft_loss(
