@@ -198,6 +198,15 @@ def test_nft_learns_nothing_from_advantage_zero():
     assert zero.abs().max() < 1e-4 * one.abs().max()
 
 
+def test_nft_error_scale_stops_at_1e_minus_5():
+    """A perfect estimate costs nothing, and an error below the floor is no longer blown up to the scale of 1."""
+    zero = torch.zeros(1, 6)
+    for error, scale in [(0.0, 1e-5), (1e-7, 1e-5), (1e-3, 1e-3)]:
+        v = torch.full((1, 6), error)  # x_t = x0 = 0 and sigma = 1: the error of x0 is -v
+        loss = nft_loss(v, zero, zero, zero, 1.0, torch.tensor([5.0]))
+        assert loss.item() == pytest.approx(5 * error**2 / scale, rel=1e-4)
+
+
 def test_nft_advantages_are_clipped():
     losses = [nft_loss(V, V_OLD, X_T, X0, SIGMA, torch.full((4,), a), advantage_clip=2.0) for a in (2.0, 9.0, 1.0)]
     assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
