@@ -289,6 +289,21 @@ def test_a_reward_that_fails_is_one_line_that_says_where(config, here, capsys, n
     assert ("Raised in" in line) == (name == "broken")
 
 
+@pytest.mark.slow
+def test_two_processes_train_together(config, here):
+    (here / "rewards_of_two.py").write_text(REWARDS)
+    path = config(
+        max_steps=1, per_device_train_batch_size=2, reward_funcs=["rewards_of_two:red"], log_completions=True
+    )
+    command = ["grpo", "--config", path, "--accelerate_config", "multi_gpu", "--num_processes", "2"]
+    done = subprocess.run([sys.executable, "-m", "vidtrl.cli.main", *command], capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # one process would write rng_state.pth
+    checkpoint = here / "out" / "checkpoint-1"
+    assert sorted(f.name for f in checkpoint.glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
+    assert len(list((here / "out" / "completions").glob("step_*/*.mp4"))) == 4  # of both, written once
+
+
 def test_ctrl_c_exits_130_and_the_same_command_goes_on_bit_for_bit(config, tmp_path, capsys):
     # a continuous reward and no average: every step changes the saved weights
     changes = dict(reward_funcs=["temporal-smoothness"], ema_decay=0, lr_scheduler_type="constant")
