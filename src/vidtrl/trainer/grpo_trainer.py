@@ -543,7 +543,7 @@ class VideoGRPOTrainer(VideoTrainer):
                     std = self.transition(point, point, sigma, sigma_next).std
                     level = args.noise_level
                     scale[step, target] = timestep_weight(
-                        args.timestep_weighting, sigma, sigma_next, std, level
+                        args.timestep_weighting, sigma, sigma_next, std, level, name=args.transition
                     ).item()
                 for child in children:
                     if advantages[group, step, child[0]] != 0 and step in chosen[group, child[0]]:
