@@ -186,7 +186,8 @@ def compress_tail(plan: Plan, ratio: float) -> Plan:
     if not 0 < ratio <= 1:
         raise ValueError(f"tail_ratio must lie in (0, 1], got {ratio}.")
     stochastic = (plan.branch != ODE).any(1).nonzero().flatten().tolist()
-    start, end = (stochastic[-1] + 1 if stochastic else 0), plan.num_steps
+    # where the last stochastic step leads, which may be a jump
+    start, end = (int(plan.target[stochastic[-1]].max()) if stochastic else 0), plan.num_steps
     kept = max(1, math.ceil(ratio * (end - start)))
     points = torch.linspace(start, end, kept + 1).round().long().tolist()
     for i, j in zip(points[:-1], points[1:], strict=True):
