@@ -637,7 +637,7 @@ class VideoTrainer(Trainer):
             revision=self.args.hub_revision,
             run_as_future=True,
         )
-        jobs = [upload_folder(folder_path=self.args.output_dir, ignore_patterns=["_*", "checkpoint-*"], **common)]
+        jobs = [upload_folder(folder_path=self.args.output_dir, ignore_patterns=["_*", "checkpoint-*", "completions/*"], **common)]
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             last = self.args.hub_strategy == HubStrategy.CHECKPOINT
             path = "last-checkpoint" if last else os.path.basename(checkpoint_folder)

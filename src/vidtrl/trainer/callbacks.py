@@ -74,6 +74,10 @@ class EMACallback(TrainerCallback):
         if state.global_step % args.ema_update_steps == 0:
             self.average.update()
 
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.global_step % args.ema_update_steps:  # what was learned since then counts too
+            self.average.update()
+
 
 class ValidationVideoCallback(TrainerCallback):
     """

@@ -473,7 +473,7 @@ class VideoGRPOTrainer(VideoTrainer):
         self._metrics["rollout_time"].append(rollout_time)
         self._metrics["reward_time"].append(reward_time)
         if args.log_completions and self.state.global_step % max(1, int(args.logging_steps)) == 0:
-            self._log_completions(inputs, members, videos, rewards, advantages, extra)
+            self._log_completions(inputs, plans, members, videos, rewards, advantages, extra)
         return slices
 
     def _place_experts(self, device: torch.device | str) -> None:
@@ -818,12 +818,12 @@ class VideoGRPOTrainer(VideoTrainer):
         self._metrics["reward"].append(total.mean().item())
         self._metrics["reward_std"].append(total.std(1).mean().item())
 
-    def _log_completions(self, inputs, members, videos, rewards, advantages, extra) -> None:
+    def _log_completions(self, inputs, plans, members, videos, rewards, advantages, extra) -> None:
         """Files, table and trackers; see [`~vidtrl.trainer.completions.CompletionLog`]."""
         args = self.args
         epoch, number = inputs[0][0][:2]
         rows = [
-            (key[3], member, row["prompt"], draw_seed(args.seed, epoch, number, key[3], 0, member))
+            (key[3], member, row["prompt"], draw_seed(args.seed, epoch, number, key[3], 0, int(plans[key[3]].seed[member])))
             for key, row in inputs
             for member in members[key[3]]
         ]
