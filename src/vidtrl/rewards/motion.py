@@ -18,8 +18,8 @@ from .checks import check_video
 LEVELS, ITERATIONS = 4, 3
 WORKING_SIZE = 128  # the short side is reduced to this many pixels
 MIN_CONTRAST = 0.03  # surroundings with a smaller standard deviation are flat; their noise is not blown up
-MIN_CHANGE = 0.1  # in units of the local contrast: a smaller change is no evidence of motion
-RIDGE = 1e-3
+MIN_CHANGE = 0.05  # in units of the local contrast: a smaller change is no evidence of motion
+RIDGE = 1e-2  # steps stay small where the texture is weaker than this, in squared contrast per pixel
 MIN_AREA = 0.02  # share of the frame that must move for full marks: the edges of an object 1/7 of the frame wide
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}  # image axes: y points down
 
@@ -48,7 +48,8 @@ def _flow(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = min(1.0, WORKING_SIZE / min(height, width))
     if scale < 1:
         gray = F.interpolate(gray, size=(round(height * scale), round(width * scale)), mode="area")
-    gray = _equalise(_blur(gray))
+    brightness = gray.mean((2, 3), keepdim=True).clamp(min=1 / 255)
+    gray = _equalise(_blur(gray) * (brightness.mean() / brightness))  # light that changes everywhere is no motion
     flows, seen = [], []
     for a, b in zip(gray[:-1].split(16), gray[1:].split(16), strict=True):
         there, back = _lucas_kanade(a, b), _lucas_kanade(b, a)
@@ -62,7 +63,7 @@ def _flow(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _equalise(x):
-    """Each pixel relative to its surroundings, so that a change of light is not taken for motion."""
+    """Each pixel relative to its surroundings, so that light that changes in places is not taken for motion either."""
     local = lambda v: F.avg_pool2d(F.pad(v, (7, 7, 7, 7), mode="replicate"), 15, stride=1)  # noqa: E731
     mean = local(x)
     return (x - mean) / (local((x - mean) ** 2) + MIN_CONTRAST**2).sqrt()
@@ -93,7 +94,8 @@ def _blur(x):
 
 
 def _window(x):
-    return _filter(_filter(x, [1, 3, 6, 7, 6, 3, 1], 3), [1, 3, 6, 7, 6, 3, 1], 2)
+    weights = [1, 2, 3, 4, 5, 6, 7, 6, 5, 4, 3, 2, 1]
+    return _filter(_filter(x, weights, 3), weights, 2)
 
 
 def _filter(x, weights, dim):
@@ -116,15 +118,19 @@ def _warp(x, flow):
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=True)
 
 
-def _steady_flow(video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flow (F - 2, 2, P) in shares of the short side, and the steadiness (F - 2, P) of each pixel's motion: 1 where the
-    next flow on its path equals this one, falling to 0 where it differs by half, and 0 where nothing moves."""
+def _steady_flow(video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Flow (F - 2, 2, P) in shares of the short side; the steadiness (F - 2, P) of each pixel's motion, 1 where the next
+    flow on its path equals this one, falling to 0 where it differs by half, 0 where nothing moves; and the trust
+    (F - 2,) in both: full where 2 % of the frame and half of what moves are steady."""
     flow, seen = _flow(check_video(video, 3))
     now = (flow * seen)[:-1]
     change = (_warp(flow[1:], now) - now).norm(dim=1)
     speed = now.norm(dim=1)
     steadiness = (1 - 2 * change / speed.clamp(min=1e-6)).clamp(0, 1) * (speed > 0)
-    return now.flatten(2) / min(flow.shape[2:]), steadiness.flatten(1)
+    steady, moving = (steadiness > 0).flatten(1).sum(1), (speed > 0).flatten(1).sum(1)
+    area = steadiness.flatten(1).mean(1) / MIN_AREA
+    agreement = 2 * steady / moving.clamp(min=1)  # a part of any noise agrees by chance
+    return now.flatten(2) / min(flow.shape[2:]), steadiness.flatten(1), area.clamp(max=1) * agreement.clamp(max=1)
 
 
 @torch.no_grad()
@@ -138,13 +144,13 @@ def motion_velocity(video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, to
     Returns:
         `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: float32. The mean (x, y) flow of what moves, of shape
         (F - 2, 2), and its median length, of shape (F - 2,), in shares of the short side per frame; and the trust in
-        both, of shape (F - 2,) in [0, 1]: 1 from 2 % of the frame moving steadily on, 0 where nothing moves.
+        both, of shape (F - 2,) in [0, 1]: full where 2 % of the frame and half of what moves keep their motion.
     """
-    flow, steadiness = _steady_flow(video)
+    flow, steadiness, trust = _steady_flow(video)
     steady = steadiness > 0
     mean = (flow * steady.unsqueeze(1)).sum(2) / steady.sum(1, keepdim=True).clamp(min=1)
     speed = flow.norm(dim=1).masked_fill(~steady, float("nan")).nanmedian(1).values.nan_to_num(0.0)
-    return mean, speed, (steadiness.mean(1) / MIN_AREA).clamp(max=1)
+    return mean, speed, trust
 
 
 def get_motion_magnitude_reward(target: float = 0.005) -> Callable:
@@ -232,10 +238,9 @@ def motion_smoothness_reward(videos, **kwargs) -> list[float]:
     """
     rewards = []
     for video in videos:
-        flow, steadiness = _steady_flow(video)
+        flow, steadiness, trust = _steady_flow(video)
         speed = flow.norm(dim=1)
-        area = (steadiness.mean() / MIN_AREA).clamp(max=1)
-        rewards.append(float((steadiness * speed).sum() / speed.sum().clamp(min=1e-9) * area))
+        rewards.append(float((trust.unsqueeze(1) * steadiness * speed).sum() / speed.sum().clamp(min=1e-9)))
     return rewards
 
 

@@ -173,7 +173,7 @@ def get_exposure_reward(tolerance: float = 0.1) -> Callable:
         raise ValueError(f"tolerance must be in [0, 1), not {tolerance}")
 
     def exposure_reward(videos, **kwargs) -> list[float]:
-        return [min(1.0, (1 - float(clipped_light(v))) / (1 - tolerance)) for v in videos]
+        return [min(1.0, max(0.0, 1 - float(clipped_light(v))) / (1 - tolerance)) for v in videos]
 
     return exposure_reward
 

@@ -221,7 +221,7 @@ class RewardRunner:
             taken = set(self.extra)
             for call in calls:
                 for index, value in zip(call.indices, call.values, strict=True):
-                    if value is not None:
+                    if value is not None and index not in failed:
                         rewards[index, position] = value
                 for metric, value in call.metrics:
                     self.metrics.setdefault(metric, []).append(value)
