@@ -1,3 +1,4 @@
+import doctest
 import importlib.util
 import io
 import subprocess
@@ -350,6 +351,13 @@ def test_prompt_ocr_reads_the_whole_clip():
 def test_prompt_ocr_without_its_engine_says_what_to_install():
     with pytest.raises(ImportError, match=r"pip install 'vidtrl\[ocr\]'"):
         RewardRunner("prompt-ocr")
+
+
+@pytest.mark.parametrize("name", ["RewardRunner", "get_motion_magnitude_reward", "temporal_smoothness_reward"])
+def test_docstring_examples(name):
+    text = getattr(rewards, name).__doc__.replace("```python", "").replace("```", "")
+    example = doctest.DocTestParser().get_doctest(text, {}, name, None, 0)
+    assert example.examples and doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_unknown_names_suggest_the_nearest():

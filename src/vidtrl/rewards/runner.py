@@ -110,10 +110,10 @@ class RewardRunner:
     >>> def brightness(videos, **kwargs):
     ...     return [v.mean().item() for v in videos]
 
-    >>> runner = RewardRunner([brightness, "toy-presence"])
-    >>> handle = runner.submit(prompts=["a red circle moving up"], videos=[torch.ones(5, 3, 64, 64)])
+    >>> runner = RewardRunner([brightness, "flicker"])
+    >>> handle = runner.submit(prompts=["a cat"], videos=[torch.ones(5, 3, 64, 64)])
     >>> runner.collect(handle)
-    tensor([[1., 0.]])
+    tensor([[1., 1.]])
     ```
     """
 
