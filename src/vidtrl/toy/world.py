@@ -32,7 +32,7 @@ QUALITIES = ("clean", "raw")
 RAW_PERIOD = (6.0, 9.0)  # raw clips flicker and wobble with a period of so many frames,
 RAW_FLICKER = (0.25, 0.6)  # losing up to this share of their brightness,
 RAW_WOBBLE = (0.5, 2.5)  # and swaying by so many pixels across their way; each drawn once a clip
-RAW_WRONG_SHAPE = 0.1  # share of raw captions that name another shape
+RAW_WRONG_SHAPE = 0.5  # share of raw captions that name another shape
 RAW_VAGUE = 0.1  # share of raw captions that leave an attribute out
 
 
@@ -74,9 +74,9 @@ def render(caption: str, quality: str = "clean", seed: int = 0) -> torch.Tensor:
         raise ValueError(f"quality must be one of {QUALITIES}, not {quality!r}")
     rng = np.random.default_rng([seed, 7])
     frames, size = NUM_FRAMES, SIZE
-    radius = rng.uniform(0.15, 0.21) * size
+    radius = rng.uniform(0.21, 0.26) * size
     low, high = radius + 1, size - radius - 1  # where the centre may be
-    travel = rng.uniform(0.55, 1.0) * (high - low)
+    travel = rng.uniform(0.7, 1.0) * (high - low)
     start, across = rng.uniform(low, high - travel), rng.uniform(low, high)
     along = start + travel * np.linspace(0, 1, frames)
     dx, dy = DIRECTIONS[want["direction"]]
@@ -95,7 +95,7 @@ def render(caption: str, quality: str = "clean", seed: int = 0) -> torch.Tensor:
     if want["shape"] == "circle":
         distance = np.hypot(x, y) - radius
     elif want["shape"] == "square":
-        distance = np.maximum(abs(x), abs(y)) - 0.9 * radius
+        distance = np.maximum(abs(x), abs(y)) - 0.95 * radius
     else:  # an upright triangle
         distance = np.maximum(y - 0.8 * radius, (abs(x) * 1.8 - (y + radius)) / 2.06)
     mask = np.clip(0.5 - distance, 0, 1)[..., None]  # (F, H, W, 1), antialiased
@@ -104,11 +104,11 @@ def render(caption: str, quality: str = "clean", seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(clip).permute(0, 3, 1, 2).contiguous()
 
 
-def raw_caption(caption: str, seed: int) -> str:
+def raw_caption(caption: str, seed: int, wrong_shape: float = RAW_WRONG_SHAPE) -> str:
     """The unreliable caption a raw clip carries: often another shape, sometimes an attribute missing."""
     rng = np.random.default_rng([seed, 11])
     want = parse_caption(caption)
-    if rng.random() < RAW_WRONG_SHAPE:
+    if rng.random() < wrong_shape:
         want["shape"] = str(rng.choice([s for s in SHAPES if s != want["shape"]]))
     color, moving = f"{want['color']} ", f" moving {want['direction']}"
     if rng.random() < RAW_VAGUE:
