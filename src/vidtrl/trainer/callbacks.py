@@ -79,6 +79,23 @@ class EMACallback(TrainerCallback):
             self.average.update()
 
 
+class SyncReferenceCallback(TrainerCallback):
+    """
+    Move the reference policy `ref_model_mixup_alpha` of the way to the trained one every `ref_model_sync_steps` optimizer
+    steps (https://huggingface.co/papers/2404.09656). Added by `sync_ref_model`.
+
+    Args:
+        reference (`WeightAverage`): What to move.
+    """
+
+    def __init__(self, reference: WeightAverage):
+        self.reference = reference
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.ref_model_sync_steps == 0:
+            self.reference.move(args.ref_model_mixup_alpha)
+
+
 class ValidationVideoCallback(TrainerCallback):
     """
     Generate videos before training and every `validation_steps`, always from the same seeds, with the stock pipeline.

@@ -289,7 +289,7 @@ class VideoGRPOConfig(VideoTrainingConfig):
             self.shared_noise = False  # seed groups take the place of one shared latent
         for name, value in row.items():
             if getattr(self, name) is None:
-                setattr(self, name, value)
+                setattr(self, name, list(value) if isinstance(value, list) else value)
         if self.ema_decay == 0:
             self.ema_decay = None
         super().__post_init__()
@@ -365,6 +365,13 @@ class VideoGRPOConfig(VideoTrainingConfig):
             )
         if not 0 < self.train_fraction <= 1:
             raise ValueError(f"train_fraction must lie in (0, 1], not {self.train_fraction}")
+        if self.sync_ref_model and self.beta == 0:
+            raise ValueError("sync_ref_model moves a reference that beta=0 never uses: set beta > 0 or leave it out")
+        if not 0 < self.ref_model_mixup_alpha <= 1 or self.ref_model_sync_steps < 1:
+            raise ValueError(
+                f"ref_model_mixup_alpha must lie in (0, 1] and ref_model_sync_steps must be at least 1, not "
+                f"{self.ref_model_mixup_alpha} and {self.ref_model_sync_steps}"
+            )
         if self.steps_per_generation % self.gradient_accumulation_steps:
             raise ValueError(
                 f"steps_per_generation={self.steps_per_generation} must be a multiple of gradient_accumulation_steps="

@@ -45,6 +45,7 @@ from ..rewards import RewardRunner
 from ..rollout.branching import Decision, rollout
 from ..rollout.sampling import guided_velocity
 from .base_trainer import VideoTrainer
+from .callbacks import SyncReferenceCallback
 from .completions import CompletionLog
 from .draws import draw_seed
 from .ema import WeightAverage
@@ -64,8 +65,8 @@ class Item:
 
     group: int
     advantages: Tensor  # (M,) of the decision's children, or (1,)
-    weight: float = 0.0  # of each child in the loss; all of an optimizer step sum to 1 over all processes
-    kl_weight: float = 0.0
+    weight: Tensor  # (M,) in the loss; all of an optimizer step sum to 1 over all processes
+    kl_weight: Tensor
     decision: Decision | None = None
     x0: Tensor | None = None  # (C, f, h, w)
     noise: Tensor | None = None
@@ -181,7 +182,14 @@ class VideoGRPOTrainer(VideoTrainer):
         if forward:
             self.roles["old"] = WeightAverage(self.model, decay=0.5)
         if args.beta > 0 and (args.sync_ref_model or not isinstance(self._unwrapped(), PeftModel)):
+            if args.reuse_rollout:
+                raise ValueError(
+                    "reuse_rollout keeps a graph over the weights, which a reference of its own (full fine-tuning or "
+                    "sync_ref_model, with beta > 0) takes the place of in between: set reuse_rollout=False or beta=0"
+                )
             self.roles["reference"] = WeightAverage(self.model, decay=0.5)
+            if args.sync_ref_model:
+                self.add_callback(SyncReferenceCallback(self.roles["reference"]))
         if args.num_prompts * args.num_generations < 64:
             logger.warning(
                 f"{args.num_prompts} prompts x {args.num_generations} generations = "
@@ -228,7 +236,10 @@ class VideoGRPOTrainer(VideoTrainer):
 
     def data_summary(self) -> dict:
         """What decides which prompts each generation sees."""
-        return {"num_prompts": len(self.train_dataset), "recipe": self.args.recipe, "loss_type": self.args.loss_type}
+        return {"num_prompts": len(self.train_dataset)}
+
+    def _identity(self) -> dict:
+        return {**super()._identity(), "method": {"recipe": self.args.recipe, "loss_type": self.args.loss_type}}
 
     def validation_prompts(self) -> list[str]:
         if self.args.validation_prompts:
@@ -337,6 +348,11 @@ class VideoGRPOTrainer(VideoTrainer):
             else:
                 merged = step_schedules.merge_steps(self.grid.tolist(), args.merge_threshold, last=steps[-1] + 1)
                 merged = [span for span in merged if span[0] >= steps[0]]
+                if not merged:
+                    raise ValueError(
+                        f"no merged step of merge_threshold={args.merge_threshold} lies inside sde_range={args.sde_range}: "
+                        "lower the threshold or widen the range"
+                    )
                 span = rng.choice(merged)
                 chosen, merged = [span[0]], [span]
             plan = step_schedules.chain_plan(total, members, chosen, latents, merged)
@@ -361,12 +377,25 @@ class VideoGRPOTrainer(VideoTrainer):
         """Fail at start-up, not in the middle of a run, where the kernel is singular or the schedule impossible."""
         if self.args.sde_schedule == "none":
             return
-        plan, point = self.plan(0, random.Random(0)), torch.zeros(1, 1)
-        used = {step for step, _, _ in plan.decisions()} | set(
-            self._candidates() if self.args.sde_schedule in ("single", "branch", "random", "granular") else []
-        )
-        for step in sorted(used):
-            self.transition(point, point, float(self.grid[step]), float(self.grid[step + 1]))
+        args, steps, point = self.args, self._candidates(), torch.zeros(1, 1)
+        if args.sde_schedule == "tree":
+            last = args.num_inference_steps - 2  # the last step of all leads to sigma 0
+            mine = step_schedules.step_range(args.num_inference_steps, (0.0, 1.0))
+            mine = [i for i in mine if self.video_model.expert(float(self.grid[i])) == self.denoiser_name]
+            if outside := sorted(set(args.tree_splits) - set(mine)):
+                raise ValueError(
+                    f"tree_splits={args.tree_splits}: steps {outside} lie outside the schedule of the model in training, "
+                    f"steps {mine[0]} to {min(last, mine[-1])}; change tree_splits or num_inference_steps"
+                )
+            steps = args.tree_splits
+        self.plan(0, random.Random(0))
+        for step in steps:
+            kernel = self.transition(point, point, float(self.grid[step]), float(self.grid[step + 1]))
+            if not 0 < float(kernel.std) < float("inf"):
+                raise ValueError(
+                    f"transition={args.transition!r} with noise_level={args.noise_level} draws no usable noise at step "
+                    f"{step} (standard deviation {float(kernel.std):g}): change noise_level"
+                )
 
     # ---- Rollout ----
 
@@ -451,8 +480,8 @@ class VideoGRPOTrainer(VideoTrainer):
             reward_time += self.rewards.seconds
             for name, values in self.rewards.metrics.items():
                 self._metrics[name] += values
-            for name, values in self.rewards.extra.items():
-                extra[name] += values
+            for name, values in self.rewards.extra.items():  # a function may log for some parts only
+                extra[name] += [None] * (sum(map(len, local[:-1])) - len(extra[name])) + values
             if self.rewards.num_skipped:
                 self._metrics["num_skipped_rewards"].append(float(self.rewards.num_skipped))
         # every process holds the same number of videos, in the order of (group, member)
@@ -501,8 +530,7 @@ class VideoGRPOTrainer(VideoTrainer):
         args = self.args
         keys, values, competition = [], [], []
         for group, plan in enumerate(plans):
-            decided = plan.decisions() or [(-1, -1, [[m] for m in range(plan.num_members)])]
-            for step, _, children in decided:
+            for step, _, children in _decided(plan):
                 for child in children:
                     for tail in sorted({int(plan.tail[m]) for m in child}):
                         below = [m for m in child if int(plan.tail[m]) == tail]
@@ -556,12 +584,15 @@ class VideoGRPOTrainer(VideoTrainer):
             target = int(plans[d.group].target[d.step, d.children[0][0]])
             first = [min(_sharers(plans[d.group], d.step, child)) for child in d.children]
             worth = torch.tensor([advantages[d.group, d.step, m] for m in first])
-            trained = torch.tensor([float(d.step in chosen[d.group, m]) for m in first])
-            weight = scale[d.step, target]
+            # a child whose members are on several processes is trained once, where its first member is
+            mine = [
+                d.step in chosen[d.group, m] and child[0] == m for m, child in zip(first, d.children, strict=True)
+            ]
+            weight = torch.tensor([scale[d.step, target] * trained for trained in mine])
             kl_weight = (
                 weight**2 if args.timestep_weighting == "longcat" else weight
             )  # as LongCat scales its divergence
-            items.append(Item(d.group, worth * trained, weight, kl_weight, decision=d))
+            items.append(Item(d.group, worth, weight, kl_weight, decision=d))
         return items
 
     def _trained_steps(self, group: int, member: int, plan: Plan) -> set[int]:
@@ -572,23 +603,30 @@ class VideoGRPOTrainer(VideoTrainer):
         rng = random.Random(draw_seed(self.args.seed, self.state.global_step, group, member))
         return set(rng.sample(steps, max(1, round(self.args.train_fraction * len(steps)))))
 
+    def _training_times(self) -> tuple[float, float]:
+        """The training times u between which the denoiser in training is used: all, unless it is one of two experts."""
+        if self.video_model.boundary is None:
+            return 0.0, 1.0
+        u = torch.arange(1000) / 1000
+        sigmas = self.video_model.training_sigma(u, self.latent_shape).tolist()
+        mine = [x for x, s in zip(u.tolist(), sigmas, strict=True) if self.video_model.expert(s) == self.denoiser_name]
+        return mine[0], mine[-1]
+
     @torch.no_grad()
     def _video_items(self, latents, groups, members, conditions, advantages, number) -> list[Item]:
         """Each video at `num_train_sigmas` stratified noise levels, with what the old policy says there."""
         args, items = self.args, []
+        low, high = self._training_times()
         for group, videos in zip(groups, latents, strict=True):
             for member, x0 in zip(members[group], videos, strict=True):
                 source = torch.Generator().manual_seed(draw_seed(args.seed, *number, group, 2, member))
                 worth = torch.tensor([advantages[group, -1, member]])
                 for j in range(args.num_train_sigmas):
-                    sigma = None
-                    while sigma is None:  # rejection: an expert of two is trained where it is used
-                        u = (j + torch.rand(1, generator=source)) / args.num_train_sigmas
-                        candidate = self.video_model.training_sigma(u, self.latent_shape).clamp(min=1e-4).item()
-                        if self.video_model.expert(candidate) == self.denoiser_name:
-                            sigma = candidate
+                    u = low + (high - low) * (j + torch.rand(1, generator=source)) / args.num_train_sigmas
+                    sigma = self.video_model.training_sigma(u, self.latent_shape).clamp(min=1e-4).item()
                     noise = torch.randn(self.latent_shape, generator=source).to(x0.device)
-                    items.append(Item(group, worth, 1.0, 1.0, x0=x0, noise=noise, sigma=sigma))
+                    one = torch.ones(1)
+                    items.append(Item(group, worth, one, one, x0=x0, noise=noise, sigma=sigma))
         lookup = dict(zip(groups, conditions, strict=True))
         several_updates = args.steps_per_generation * args.num_iterations > args.gradient_accumulation_steps
         batch_size = args.rollout_batch_size or args.per_device_train_batch_size
@@ -615,8 +653,15 @@ class VideoGRPOTrainer(VideoTrainer):
         Items whose advantages are all zero are left out; a process that runs out of items repeats one with weight 0.
         """
         args = self.args
-        useful = [item for item in items if bool((item.advantages != 0).any()) or args.beta > 0]
+
+
+        def count(item: Item) -> int:  # the children that teach something
+            return int(((item.weight > 0) & ((item.advantages != 0) | (args.beta > 0))).sum())
+
+        useful = [item for item in items if count(item)]
         number = args.steps_per_generation
+        if number > args.gradient_accumulation_steps:
+            useful.sort(key=lambda item: item.group)  # several updates share out the videos, not their steps
         bounds = [round(i * len(useful) / number) for i in range(number + 1)]
         slices = [useful[low:high] for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
         size = 10**9 if args.reuse_rollout else args.per_device_train_batch_size
@@ -625,19 +670,22 @@ class VideoGRPOTrainer(VideoTrainer):
         per_update = args.gradient_accumulation_steps
         counts = torch.zeros(2, number, dtype=torch.float64)
         for i, part in enumerate(slices):
-            counts[0, i - i % per_update] += sum(
-                int((x.advantages != 0).sum()) if args.beta == 0 else len(x.advantages) for x in part
-            )
+            counts[0, i - i % per_update] += sum(map(count, part))
             counts[1, i] = len(batches[i])
         everywhere = self.accelerator.gather(counts[None].to(args.device)).cpu()  # (processes, 2, number)
         children, longest = everywhere[:, 0].sum(0), everywhere[:, 1].amax(0).long().tolist()
+        for end in range(per_update - 1, number, per_update):
+            # processes exchange gradients with the last slice of an update: it must not be empty if others are not
+            if any(longest[end + 1 - per_update : end]):
+                longest[end] = max(1, longest[end])
         for i, part in enumerate(slices):
             share = max(1.0, float(children[i - i % per_update]))
             for item in part:
                 # gradients are averaged over processes, and the loss of a step is the mean over all its children
-                item.weight *= args.world_size / share
-                item.kl_weight *= args.world_size / share
-        idle = [[Item(items[0].group, items[0].advantages * 0, 0.0, 0.0, **_content(items[0]))]]
+                item.weight = item.weight * args.world_size / share
+                item.kl_weight = item.kl_weight * args.world_size / share
+        nothing = items[0].weight * 0
+        idle = [[Item(items[0].group, items[0].advantages, nothing, nothing, **_content(items[0]))]]
         return [part + idle * (longest[i] - len(part)) for i, part in enumerate(batches)]
 
     # ---- Loss ----
@@ -676,8 +724,8 @@ class VideoGRPOTrainer(VideoTrainer):
         advantages = torch.cat([item.advantages for item in inputs]).to(device)
         counts = torch.tensor([len(item.advantages) for item in inputs])
         child = torch.arange(len(inputs)).repeat_interleave(counts)  # the item of each child
-        weight = torch.tensor([item.weight for item in inputs])[child].to(device)
-        kl_weight = torch.tensor([item.kl_weight for item in inputs])[child].to(device)
+        weight = torch.cat([item.weight for item in inputs]).to(device)
+        kl_weight = torch.cat([item.kl_weight for item in inputs]).to(device)
 
         if inputs[0].decision is None:  # DiffusionNFT and AWM: the finished videos, noised again
             x0, noise = (torch.stack([getattr(item, name) for item in inputs]) for name in ("x0", "noise"))
@@ -746,8 +794,10 @@ class VideoGRPOTrainer(VideoTrainer):
         args = self.args
         epoch, number, micro_step = inputs[0][0][:3]
         model.train()
-        fresh = self._generation is None or self._generation[0] != (epoch, number)
+        # a new call of `train` starts over with the same numbers
+        fresh = micro_step == 0 or self._generation is None or self._generation[0] != (epoch, number)
         if fresh:
+            self._last_ratio_deviation = 0.0
             self._generation = (epoch, number), self.generate(inputs)
         batches = self._generation[1][micro_step % args.steps_per_generation]
         began, total = time.perf_counter(), torch.zeros((), device=args.device)
@@ -830,16 +880,19 @@ class VideoGRPOTrainer(VideoTrainer):
         local = [
             {
                 "group": group, "member": member, "prompt": prompt, "seed": seed, "video": video.cpu(),
-                "extra": {name: values[i] for name, values in extra.items()},
+                "extra": {name: values[i] for name, values in extra.items() if i < len(values)},
             }
             for i, ((group, member, prompt, seed), video) in enumerate(zip(rows, videos, strict=True))
         ]  # fmt: skip
         everything = gather_object(local)
         if not self.is_world_process_zero():
             return
-        worth: dict[tuple[int, int], list[float]] = defaultdict(list)
-        for (group, _, member), advantage in advantages.items():
-            worth[group, member].append(advantage)
+        worth: dict[tuple[int, int], list[float]] = defaultdict(list)  # of everything that was drawn for the video
+        for group, plan in enumerate(plans):
+            for step, _, children in _decided(plan):
+                for child in children:
+                    for member in child:
+                        worth[group, member].append(advantages[group, step, child[0]])
         if self._completions is None:
             self._completions = CompletionLog(
                 args.output_dir, args.num_completions_to_print, args.log_unique_prompts, args.log_completions_hub_repo,
@@ -853,9 +906,12 @@ class VideoGRPOTrainer(VideoTrainer):
                 name: [rewards[item["group"], item["member"], i].item() for item in everything]
                 for i, name in enumerate(self.rewards.names)
             },
-            advantages=[sum(worth[item["group"], item["member"]]) for item in everything],
+            advantages=[_mean(worth[item["group"], item["member"]]) for item in everything],
             seeds=[item["seed"] for item in everything],
-            extra={name: [item["extra"].get(name) for item in everything] for name in everything[0]["extra"]},
+            extra={
+                name: [item["extra"].get(name) for item in everything]
+                for name in dict.fromkeys(name for item in everything for name in item["extra"])
+            },
             report_to=args.report_to,
             callbacks=self.callback_handler.callbacks,
         )
@@ -935,6 +991,15 @@ class VideoGRPOTrainer(VideoTrainer):
 def _nanstd(values: Tensor) -> Tensor:
     known = values[~values.isnan()]
     return known.std() if len(known) > 1 else torch.tensor(0.0)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _decided(plan: Plan) -> list[tuple[int, int, list[list[int]]]]:
+    """What the rewards are credited to: decisions, or the videos themselves (step -1) where none was taken."""
+    return plan.decisions() or [(-1, -1, [[m] for m in range(plan.num_members)])]
 
 
 def _sharers(plan: Plan, step: int, child: list[int]) -> list[int]:
