@@ -157,7 +157,8 @@ def plans(draw):
     seed = torch.tensor(draw(row))
     jumps = draw(st.lists(st.integers(1, 3), min_size=num_steps, max_size=num_steps))
     noisy = draw(st.lists(st.booleans(), min_size=num_steps, max_size=num_steps))
-    branch = torch.stack([torch.tensor(draw(row)) if on else torch.full((num_members,), ODE) for on in noisy])
+    # at a noisy step some members may stay deterministic (ODE is -1), as TempFlow's do
+    branch = torch.stack([torch.tensor(draw(row)) - 1 if on else torch.full((num_members,), ODE) for on in noisy])
     target = torch.tensor([min(i + jump, num_steps) for i, jump in enumerate(jumps)])[:, None].repeat(1, num_members)
     for i in range(num_steps):
         if not noisy[i] and draw(st.booleans()):  # deterministic steps may part members, as granularities do

@@ -133,14 +133,16 @@ def rollout(
             chosen = [path for path, graph in zip(now, kept, strict=True) if graph == with_graph]
             for start in range(0, len(chosen), batch_size or max(1, len(chosen))):
                 part = chosen[start : start + (batch_size or len(chosen))]
+                if with_graph:  # the cast weights of the steps before have no graph
+                    torch.clear_autocast_cache()
                 with torch.set_grad_enabled(with_graph):
-                    velocity = guided_velocity(
+                    velocities = guided_velocity(
                         model, torch.stack([path.x for path in part]), grid[i],
                         condition[[path.group for path in part]], negative_condition,
                         guidance_scale, batched=batch_guidance, denoiser=denoiser,
-                    )  # fmt: skip
+                    ).unbind()  # fmt: skip
                 num_evaluations += len(part) * (1 if guidance_scale == 1.0 else 2)
-                for path, v in zip(part, velocity, strict=True):
+                for path, v in zip(part, velocities, strict=True):
                     branch, target = branches[path.group][i], targets[path.group][i]
                     for together in _split(path.members, lambda m, branch=branch: branch[m] != ODE):
                         mine = _Path(path.group, together, path.x, i, path.previous)
