@@ -216,8 +216,8 @@ class VideoGRPOTrainer(VideoTrainer):
         self.latent_shape = model.latent_shape(args.num_frames, args.height, args.width)
         self.grid = model.sigmas(args.num_inference_steps, self.latent_shape)
         self._check_schedule()
-        self.negative_condition = None
-        if args.guidance_scale != 1.0:
+        self.negative_condition = None  # of all prompts; with an image condition each has its own
+        if args.guidance_scale != 1.0 and not model.family.image:
             size = args.height, args.width, args.num_frames
             self.negative_condition = model.condition(
                 args.negative_prompt, *size, negative=True, **self._condition_kwargs()
@@ -253,14 +253,21 @@ class VideoGRPOTrainer(VideoTrainer):
             kwargs["max_sequence_length"] = self.args.max_sequence_length
         return kwargs
 
-    def condition(self, key: int, row: dict) -> Condition:
+    def condition(self, key: int, row: dict, negative: bool = False) -> Condition:
         """What the denoiser gets for a row of the dataset, encoded once per prompt and kept on the CPU."""
         image = row.get("image") if self.video_model.family.image else None
-        name = (row["prompt"], None if image is None else key)
+        prompt = self.args.negative_prompt if negative else row["prompt"]
+        name = (prompt, negative, None if image is None else key)
         if name not in self._conditions:
             args = self.args
             condition = self.video_model.condition(
-                row["prompt"], args.height, args.width, args.num_frames, image=image, **self._condition_kwargs()
+                prompt,
+                args.height,
+                args.width,
+                args.num_frames,
+                image=image,
+                negative=negative,
+                **self._condition_kwargs(),
             )
             self._conditions[name] = condition.to("cpu")
             if len(self._conditions) > MAX_CACHED_CONDITIONS:
@@ -423,6 +430,11 @@ class VideoGRPOTrainer(VideoTrainer):
         members = self._members()
         groups = [key[3] for key, _ in inputs]
         conditions = [self.condition(key[4], row) for key, row in inputs]
+        negatives: list[Condition] = []
+        if args.guidance_scale != 1.0 and self.negative_condition is None:
+            negatives = [self.condition(key[4], row, negative=True) for key, row in inputs]
+        self._group_conditions = dict(zip(groups, conditions, strict=True))
+        self._group_negatives = dict(zip(groups, negatives, strict=False))
 
         def draw(group: int, *key: int) -> Tensor:
             source = torch.Generator().manual_seed(draw_seed(args.seed, epoch, number, group, *key))
@@ -444,7 +456,7 @@ class VideoGRPOTrainer(VideoTrainer):
                         [plans[groups[i]] for i in part],
                         [list(members[groups[i]]) for i in part],
                         Condition.cat([conditions[i] for i in part]),
-                        self.negative_condition,
+                        self._negatives([groups[i] for i in part]),
                         sigmas=self.grid,
                         transition=self.transition,
                         draw=lambda i, *key, start=start: draw(groups[start + i], *key),
@@ -494,8 +506,7 @@ class VideoGRPOTrainer(VideoTrainer):
         if args.loss_type in ("clipped", "dppo"):
             items = self._decision_items(decisions, plans, advantages)
         else:
-            items = self._video_items(latents, groups, members, conditions, advantages, (epoch, number))
-        self._group_conditions = dict(zip(groups, conditions, strict=True))
+            items = self._video_items(latents, groups, members, advantages, (epoch, number))
         rollout_time += time.perf_counter() - began
         slices = self._slices(items)
         self._metrics["nfe"].append(float(evaluations * args.world_size))
@@ -613,7 +624,7 @@ class VideoGRPOTrainer(VideoTrainer):
         return mine[0], mine[-1]
 
     @torch.no_grad()
-    def _video_items(self, latents, groups, members, conditions, advantages, number) -> list[Item]:
+    def _video_items(self, latents, groups, members, advantages, number) -> list[Item]:
         """Each video at `num_train_sigmas` stratified noise levels, with what the old policy says there."""
         args, items = self.args, []
         low, high = self._training_times()
@@ -627,20 +638,19 @@ class VideoGRPOTrainer(VideoTrainer):
                     noise = torch.randn(self.latent_shape, generator=source).to(x0.device)
                     one = torch.ones(1)
                     items.append(Item(group, worth, one, one, x0=x0, noise=noise, sigma=sigma))
-        lookup = dict(zip(groups, conditions, strict=True))
         several_updates = args.steps_per_generation * args.num_iterations > args.gradient_accumulation_steps
         batch_size = args.rollout_batch_size or args.per_device_train_batch_size
         for start in range(0, len(items), batch_size):
             part = items[start : start + batch_size]
             x = torch.stack([flow.add_noise(item.x0, item.noise, item.sigma) for item in part])
             sigma = torch.tensor([item.sigma for item in part])
-            condition = Condition.cat([lookup[item.group] for item in part])
+            of_group = [item.group for item in part]
             with self.accelerator.autocast(), self.roles["old"].swapped_in():
-                for item, v in zip(part, self._velocity(self.model, x, sigma, condition), strict=True):
+                for item, v in zip(part, self._velocity(self.model, x, sigma, of_group), strict=True):
                     item.v_old = v
             if args.loss_type == "awm" and several_updates:
                 with self.accelerator.autocast():
-                    v = self._velocity(self.model, x, sigma, condition)
+                    v = self._velocity(self.model, x, sigma, of_group)
                 noise, x0 = (torch.stack([getattr(item, name) for item in part]) for name in ("noise", "x0"))
                 for item, value in zip(part, awm_log_prob(v, noise, x0, sigma, args.awm_weighting), strict=True):
                     item.old_log_prob = value
@@ -690,14 +700,21 @@ class VideoGRPOTrainer(VideoTrainer):
 
     # ---- Loss ----
 
-    def _velocity(self, model: nn.Module, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    def _negatives(self, groups: list[int]) -> Condition | None:
+        """The other branch of guidance: one for all, or one for each of these groups."""
+        if not self._group_negatives:
+            return self.negative_condition
+        return Condition.cat([self._group_negatives[group] for group in groups])
+
+    def _velocity(self, model: nn.Module, x: Tensor, sigma: Tensor, groups: list[int]) -> Tensor:
         """Guided as in the rollout; one call per noise level where the family cannot mix them."""
         args, mixed = self.args, self.video_model.per_sample_sigma and self.video_model.boundary is None
         parts = [torch.arange(len(x))] if mixed else [(sigma == s).nonzero().flatten() for s in sigma.unique()]
         velocities = [
             guided_velocity(
-                self.video_model, x[rows], sigma[rows] if mixed else float(sigma[rows[0]]), condition[rows.tolist()],
-                self.negative_condition, args.guidance_scale, batched=args.batch_guidance,
+                self.video_model, x[rows], sigma[rows] if mixed else float(sigma[rows[0]]),
+                Condition.cat([self._group_conditions[groups[i]] for i in rows.tolist()]),
+                self._negatives([groups[i] for i in rows.tolist()]), args.guidance_scale, batched=args.batch_guidance,
                 denoiser={self.denoiser_name: model},
             )
             for rows in parts
@@ -720,7 +737,7 @@ class VideoGRPOTrainer(VideoTrainer):
     ):
         args, device = self.args, self.args.device
         sigma = torch.tensor([item.sigma if item.decision is None else item.decision.sigma for item in inputs])
-        condition = Condition.cat([self._group_conditions[item.group] for item in inputs])
+        groups = [item.group for item in inputs]
         advantages = torch.cat([item.advantages for item in inputs]).to(device)
         counts = torch.tensor([len(item.advantages) for item in inputs])
         child = torch.arange(len(inputs)).repeat_interleave(counts)  # the item of each child
@@ -735,11 +752,11 @@ class VideoGRPOTrainer(VideoTrainer):
         v_ref = None
         if args.beta > 0:
             with self._reference():
-                v_ref = self._velocity(self._unwrapped(), x, sigma, condition)
+                v_ref = self._velocity(self._unwrapped(), x, sigma, groups)
         if inputs[0].decision is not None and inputs[0].decision.velocity is not None:  # the rollout kept its graph
             velocity = torch.stack([item.decision.velocity for item in inputs])
         else:
-            velocity = self._velocity(model, x, sigma, condition)
+            velocity = self._velocity(model, x, sigma, groups)
 
         if inputs[0].decision is None:
             loss, ratio, kl = self._video_loss(inputs, velocity, v_ref, x, x0, noise, sigma, advantages)
