@@ -97,7 +97,8 @@ def rollout(
         plans (`Sequence[Plan]`): One per group.
         members (`Sequence[Sequence[int]]`): Which members of each group to sample here (others belong to another process).
         condition (`Condition`): One clip per group.
-        negative_condition (`Condition`, *optional*): Of one clip; needed when `guidance_scale` is not 1.
+        negative_condition (`Condition`, *optional*): Of one clip, or of one per group; needed when `guidance_scale` is not
+            1.
         sigmas (`Tensor`): (T + 1,) the sampler's grid.
         transition (`Callable`): (x, velocity, sigma, sigma_next) -> `Transition` of a stochastic step.
         draw (`Callable`): (group, *key) -> unit noise (C, f, h, w) for a key of ints; equal keys give equal noise.
@@ -115,6 +116,7 @@ def rollout(
     grid = sigmas.tolist()
     nodes = [plan.nodes().tolist() for plan in plans]
     branches = [plan.branch.tolist() for plan in plans]
+    several = negative_condition is not None and len(negative_condition) > 1
     targets = [plan.target.tolist() for plan in plans]
 
     paths: list[_Path] = []
@@ -138,7 +140,8 @@ def rollout(
                 with torch.set_grad_enabled(with_graph):
                     velocities = guided_velocity(
                         model, torch.stack([path.x for path in part]), grid[i],
-                        condition[[path.group for path in part]], negative_condition,
+                        condition[[path.group for path in part]],
+                        negative_condition[[path.group for path in part]] if several else negative_condition,
                         guidance_scale, batched=batch_guidance, denoiser=denoiser,
                     ).unbind()  # fmt: skip
                 num_evaluations += len(part) * (1 if guidance_scale == 1.0 else 2)
