@@ -67,3 +67,22 @@ def make_trainer(
 def history(trainer, name) -> list[float]:
     """The logged values of a metric."""
     return [entry[name] for entry in trainer.state.log_history if name in entry and "train_runtime" not in entry]
+
+
+class Watching(VideoGRPOTrainer):
+    """Keeps what each generation did: plans, rewards (P, G, R), advantages, decisions or videos, and items."""
+
+    def __init__(self, *args, **kwargs):
+        self.generations = []
+        super().__init__(*args, **kwargs)
+
+    def _advantages(self, plans, rewards):
+        advantages = super()._advantages(plans, rewards)
+        self.generations.append({"plans": plans, "rewards": rewards, "advantages": advantages})
+        return advantages
+
+    def _slices(self, items):
+        scales = [item.weight.clone() for item in items]  # before they are divided by the number of children
+        slices = super()._slices(items)
+        self.generations[-1] |= {"items": items, "scales": scales, "slices": slices}
+        return slices
