@@ -74,13 +74,13 @@ class Plan:
 
     def decisions(self) -> list[tuple[int, int, list[list[int]]]]:
         """(step, node, children) for every node with a stochastic step; a child is the list of its members."""
-        active, nodes, found = self.active(), self.nodes(), []
+        active, nodes, branches, found = self.active().tolist(), self.nodes().tolist(), self.branch.tolist(), []
         for i in range(self.num_steps):
             children: dict[int, dict[int, list[int]]] = {}
             for member in range(self.num_members):
-                branch = int(self.branch[i, member])
-                if bool(active[i, member]) and branch != ODE:
-                    children.setdefault(int(nodes[i, member]), {}).setdefault(branch, []).append(member)
+                if active[i][member] and branches[i][member] != ODE:
+                    siblings = children.setdefault(nodes[i][member], {})
+                    siblings.setdefault(branches[i][member], []).append(member)
             found += [(i, node, list(by_branch.values())) for node, by_branch in children.items()]
         return found
 

@@ -114,6 +114,8 @@ def rollout(
         denoiser: The wrapped module to call, as in `VideoModel.velocity`.
     """
     grid = sigmas.tolist()
+    condition = condition.to(model.device)  # once, not in every denoiser call
+    negative_condition = None if negative_condition is None else negative_condition.to(model.device)
     nodes = [plan.nodes().tolist() for plan in plans]
     branches = [plan.branch.tolist() for plan in plans]
     several = negative_condition is not None and len(negative_condition) > 1
@@ -135,7 +137,7 @@ def rollout(
             chosen = [path for path, graph in zip(now, kept, strict=True) if graph == with_graph]
             for start in range(0, len(chosen), batch_size or max(1, len(chosen))):
                 part = chosen[start : start + (batch_size or len(chosen))]
-                if with_graph:  # the cast weights of the steps before have no graph
+                if with_graph:  # up to torch 2.10 the cast weights of the steps before have no graph
                     torch.clear_autocast_cache()
                 with torch.set_grad_enabled(with_graph):
                     velocities = guided_velocity(

@@ -574,6 +574,7 @@ class VideoGRPOTrainer(VideoTrainer):
         }
         scale: dict[tuple[int, int], float] = {}
         total, count = 0.0, 0  # over the children of all processes, which every process knows
+        leader: dict[tuple[int, int, int], int] = {}  # the first member of each member's child
         for group, plan in enumerate(plans):
             for step, _, children in plan.decisions():
                 target = int(plan.target[step, children[0][0]])
@@ -585,6 +586,7 @@ class VideoGRPOTrainer(VideoTrainer):
                         args.timestep_weighting, sigma, sigma_next, std, level, name=args.transition
                     ).item()
                 for child in children:
+                    leader |= {(group, step, member): child[0] for member in child}
                     if advantages[group, step, child[0]] != 0 and step in chosen[group, child[0]]:
                         total, count = total + scale[step, target], count + 1
         if args.timestep_weighting in MEAN_ONE and count:
@@ -593,12 +595,10 @@ class VideoGRPOTrainer(VideoTrainer):
         items = []
         for d in decisions:
             target = int(plans[d.group].target[d.step, d.children[0][0]])
-            first = [min(_sharers(plans[d.group], d.step, child)) for child in d.children]
+            first = [leader[d.group, d.step, child[0]] for child in d.children]
             worth = torch.tensor([advantages[d.group, d.step, m] for m in first])
             # a child whose members are on several processes is trained once, where its first member is
-            mine = [
-                d.step in chosen[d.group, m] and child[0] == m for m, child in zip(first, d.children, strict=True)
-            ]
+            mine = [d.step in chosen[d.group, m] and child[0] == m for m, child in zip(first, d.children, strict=True)]
             weight = torch.tensor([scale[d.step, target] * trained for trained in mine])
             kl_weight = (
                 weight**2 if args.timestep_weighting == "longcat" else weight
@@ -640,19 +640,25 @@ class VideoGRPOTrainer(VideoTrainer):
                     items.append(Item(group, worth, one, one, x0=x0, noise=noise, sigma=sigma))
         several_updates = args.steps_per_generation * args.num_iterations > args.gradient_accumulation_steps
         batch_size = args.rollout_batch_size or args.per_device_train_batch_size
-        for start in range(0, len(items), batch_size):
-            part = items[start : start + batch_size]
-            x = torch.stack([flow.add_noise(item.x0, item.noise, item.sigma) for item in part])
-            sigma = torch.tensor([item.sigma for item in part])
-            of_group = [item.group for item in part]
-            with self.accelerator.autocast(), self.roles["old"].swapped_in():
-                for item, v in zip(part, self._velocity(self.model, x, sigma, of_group), strict=True):
+        parts = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+        inputs = [
+            (
+                torch.stack([flow.add_noise(item.x0, item.noise, item.sigma) for item in part]),
+                torch.tensor([item.sigma for item in part]),
+                [item.group for item in part],
+            )
+            for part in parts
+        ]
+        with self.roles["old"].swapped_in(), self.accelerator.autocast():
+            for part, given in zip(parts, inputs, strict=True):
+                for item, v in zip(part, self._velocity(self.model, *given), strict=True):
                     item.v_old = v
-            if args.loss_type == "awm" and several_updates:
+        if args.loss_type == "awm" and several_updates:
+            for part, given in zip(parts, inputs, strict=True):
                 with self.accelerator.autocast():
-                    v = self._velocity(self.model, x, sigma, of_group)
+                    v = self._velocity(self.model, *given)
                 noise, x0 = (torch.stack([getattr(item, name) for item in part]) for name in ("noise", "x0"))
-                for item, value in zip(part, awm_log_prob(v, noise, x0, sigma, args.awm_weighting), strict=True):
+                for item, value in zip(part, awm_log_prob(v, noise, x0, given[1], args.awm_weighting), strict=True):
                     item.old_log_prob = value
         return items
 
@@ -663,7 +669,6 @@ class VideoGRPOTrainer(VideoTrainer):
         Items whose advantages are all zero are left out; a process that runs out of items repeats one with weight 0.
         """
         args = self.args
-
 
         def count(item: Item) -> int:  # the children that teach something
             return int(((item.weight > 0) & ((item.advantages != 0) | (args.beta > 0))).sum())
@@ -890,7 +895,12 @@ class VideoGRPOTrainer(VideoTrainer):
         args = self.args
         epoch, number = inputs[0][0][:2]
         rows = [
-            (key[3], member, row["prompt"], draw_seed(args.seed, epoch, number, key[3], 0, int(plans[key[3]].seed[member])))
+            (
+                key[3],
+                member,
+                row["prompt"],
+                draw_seed(args.seed, epoch, number, key[3], 0, int(plans[key[3]].seed[member])),
+            )
             for key, row in inputs
             for member in members[key[3]]
         ]
@@ -1017,15 +1027,6 @@ def _mean(values: list[float]) -> float:
 def _decided(plan: Plan) -> list[tuple[int, int, list[list[int]]]]:
     """What the rewards are credited to: decisions, or the videos themselves (step -1) where none was taken."""
     return plan.decisions() or [(-1, -1, [[m] for m in range(plan.num_members)])]
-
-
-def _sharers(plan: Plan, step: int, child: list[int]) -> list[int]:
-    """All members, on every process, of the child that these belong to."""
-    for at, _, children in plan.decisions():
-        for members in children if at == step else ():
-            if child[0] in members:
-                return members
-    raise AssertionError("a decision that its plan does not know")
 
 
 def _content(item: Item) -> dict:
