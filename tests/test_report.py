@@ -26,23 +26,33 @@ HOSTILE = (
 )
 
 
+MODELS = ("base", "SFT", "SFT + GRPO")
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """A report with 14 clips (2 of them folded away), a hostile prompt, a table and charts."""
     folder = tmp_path_factory.mktemp("report")
     clips = []
     for i, caption in enumerate(captions()[:14]):
-        files = {"base": folder / f"raw{i}.mp4", "base + LoRA": folder / f"clean{i}.mp4"}
-        write_video(files["base"], render(caption, "raw", i), fps=8)
-        write_video(files["base + LoRA"], render(caption, "clean", i), fps=8)
+        raw, clean = folder / f"raw{i}.mp4", folder / f"clean{i}.mp4"
+        write_video(raw, render(caption, "raw", i), fps=8)
+        write_video(clean, render(caption, "clean", i), fps=8)
+        files = dict(zip(MODELS, (raw, raw, clean), strict=True))
         notes = dict.fromkeys(files, HOSTILE if i == 1 else "red circle right")
-        clips.append(Clip(HOSTILE if i == 1 else caption, files, notes, {"base": False, "base + LoRA": True}))
-    values = {"base": Estimate(0.6, 0.5, 0.7), "base + LoRA": Estimate(0.85, 0.75, 0.92)}
+        clips.append(
+            Clip(HOSTILE if i == 1 else caption, files, notes, dict.fromkeys(files, False) | {MODELS[2]: True})
+        )
+    values = dict(
+        zip(MODELS, (Estimate(0.6, 0.5, 0.7), Estimate(0.7, 0.5, 0.8), Estimate(0.85, 0.75, 0.92)), strict=True)
+    )
+    changes = {MODELS[1]: Estimate(0.1, -0.05, 0.2), MODELS[2]: Estimate(0.15, 0.05, 0.25)}
     return write_report(
         folder / "report.html",
         title=f"A run {HOSTILE}",
         summary="It went well.",
-        metrics=[Metric("All three right", values, Estimate(0.25, 0.15, 0.35), percent=True, help="as asked")],
+        notes=[HOSTILE],
+        metrics=[Metric("All three right", values, changes, percent=True, help="as asked")],
         clips=clips,
         charts=[
             Chart("Loss", {"a": [(0, 1.0), (10, math.nan), (20, 0.25)], "b": [(0, 0.5)]}, "step", "loss"),
@@ -71,7 +81,7 @@ def test_hostile_texts_stay_text(report):
     page.feed(report.read_text())
     assert page.tags.count("script") == 1 and "img" not in page.tags
     assert not [name for name, _ in page.attributes if name.startswith("on")]
-    assert sum(HOSTILE in text for text in page.text) >= 5  # prompt, two notes, title, settings: all readable
+    assert sum(HOSTILE in text for text in page.text) >= 7  # prompt, three notes, title, settings, paragraph
     assert page.tags.count("figcaption") == 14 + 2
 
 
@@ -79,14 +89,17 @@ def test_report_refers_to_nothing_outside(report):
     page = _Tags()
     page.feed(report.read_text())
     references = [value for name, value in page.attributes if name in ("src", "href", "data-src", "srcset", "poster")]
-    assert len(references) == 28 + 1 and all(value.startswith("data:") for value in references)
+    assert len(references) == 3 * 14 + 1 and all(value.startswith("data:") for value in references)
     css = re.search(r"<style>(.*?)</style>", report.read_text(), re.S).group(1)
     assert "url(" not in css and "@import" not in css
 
 
 def test_metrics_over_different_models_are_refused(tmp_path):
-    one = Metric("a", {"base": Estimate(0, 0, 0)}, Estimate(0, 0, 0))
-    two = Metric("b", {"other": Estimate(0, 0, 0)}, Estimate(0, 0, 0))
+    one = Metric("a", {"base": Estimate(0, 0, 0)}, {})
+    two = Metric("b", {"other": Estimate(0, 0, 0)}, {})
+    three = Metric("c", {"base": Estimate(0, 0, 0)}, {"base": Estimate(0, 0, 0)})
+    with pytest.raises(ValueError, match="'c' has differences of .'base'., which follow no model"):
+        write_report(tmp_path / "r.html", title="t", summary="s", metrics=[one, three])
     with pytest.raises(ValueError, match="metric 'b' covers"):
         write_report(tmp_path / "r.html", title="t", summary="s", metrics=[one, two])
     assert not list(tmp_path.iterdir())  # nothing half-written
@@ -95,11 +108,23 @@ def test_metrics_over_different_models_are_refused(tmp_path):
 
 
 def test_verdict_follows_the_interval():
-    values = {"base": Estimate(0, 0, 0)}
-    assert Metric("up", values, Estimate(0.2, 0.1, 0.3)).verdict == "better"
-    assert Metric("up", values, Estimate(0.2, 0.1, 0.3), higher_is_better=False).verdict == "worse"
-    assert Metric("down", values, Estimate(-0.2, -0.3, -0.1), higher_is_better=False).verdict == "better"
-    assert Metric("flat", values, Estimate(0.2, -0.1, 0.5)).verdict == "unclear"
+    def verdict(*interval, **kwargs):
+        return Metric("m", {"a": Estimate(0, 0, 0)}, {"b": Estimate(*interval)}, **kwargs).verdict("b")
+
+    assert verdict(0.2, 0.1, 0.3) == "better"
+    assert verdict(0.2, 0.1, 0.3, higher_is_better=False) == "worse"
+    assert verdict(-0.2, -0.3, -0.1, higher_is_better=False) == "better"
+    assert verdict(0.2, -0.1, 0.5) == "unclear"
+
+
+def test_each_change_stands_under_its_model(report):
+    page = _Tags()
+    page.feed(report.read_text())
+    text = " ".join(" ".join(page.text).split())
+    cells = text[text.index("as asked") : text.index("The small figures")]
+    for part in ("60 %", "70 %", "+10 points, unclear", "85 %", "+15 points, better", "+5 to +25"):
+        cells = cells[cells.index(part) :]  # in this order
+    assert "points, worse" not in text and text.count("points,") == 2
 
 
 def test_intervals_against_known_values():
@@ -246,7 +271,7 @@ def test_page_plays_and_fits(report, browser, width):
     browser.wait(lambda: probe()["open"] >= 4 and probe()["playing"] == probe()["open"])
     state = probe()
     assert state["width"] <= state["inner"] == width and state["wide"] == 0
-    assert state["total"] == 28 and state["loaded"] <= 24  # folded clips are not decoded
+    assert state["total"] == 42 and state["loaded"] <= 36  # folded clips are not decoded
     assert state["title"].startswith("A run <script>") and state["button"] == "Pause all videos"
     assert browser.errors == []
     assert [u for u in browser.requests if not u.startswith(("data:", "file:"))] == []

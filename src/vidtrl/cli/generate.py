@@ -1,10 +1,11 @@
 """Generate videos with plain diffusers: this file imports torch, diffusers and av, and nothing of vidtrl.
 
 `vidtrl demo` copies it into its output folder and runs it there in fresh processes, so that the videos it measures are
-what any diffusers user gets from the base model, and from the base model with the trained LoRA:
+what any diffusers user gets from the base model, and from the base model with the trained LoRAs:
 
     python generate.py --pipeline BASE --jobs jobs.json --output videos/base
     python generate.py --pipeline BASE --lora sft --jobs jobs.json --output videos/sft
+    python generate.py --pipeline BASE --lora sft grpo --jobs jobs.json --output videos/grpo
 
 `jobs.json` is a list of {"prompt", "seed", "file"}. Files that exist are kept, so an interrupted run goes on. Each
 finished file is announced on stdout.
@@ -35,10 +36,27 @@ def write_mp4(path: Path, frames, fps: int, crf: int) -> None:
     partial.replace(path)
 
 
+def load(pipeline: str, loras: list[str]) -> DiffusionPipeline:
+    """The base pipeline with these adapters stacked, all of them active."""
+    pipe = DiffusionPipeline.from_pretrained(pipeline, torch_dtype=torch.float32)
+    names = [f"stage_{i + 1}" for i in range(len(loras))]
+    for folder, name in zip(loras, names, strict=True):
+        pipe.load_lora_weights(folder, adapter_name=name)
+    if names:
+        pipe.set_adapters(names)
+    return pipe
+
+
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description="Generate videos with plain diffusers.")
     parser.add_argument("--pipeline", required=True, help="directory or Hub id of the base pipeline")
-    parser.add_argument("--lora", help="directory with pytorch_lora_weights.safetensors")
+    parser.add_argument(
+        "--lora",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="with pytorch_lora_weights.safetensors; several are stacked",
+    )
     parser.add_argument("--jobs", required=True, type=Path, help='JSON list of {"prompt", "seed", "file"}')
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--height", type=int, default=64)
@@ -60,9 +78,7 @@ def main(argv=None) -> None:
     jobs = [job for job in json.loads(args.jobs.read_text()) if not (args.output / job["file"]).exists()]
     if not jobs:
         return
-    pipe = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=torch.float32).to(args.device)
-    if args.lora:
-        pipe.load_lora_weights(args.lora)
+    pipe = load(args.pipeline, args.lora).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     for start in range(0, len(jobs), args.batch_size):
         batch = jobs[start : start + args.batch_size]

@@ -20,8 +20,9 @@ class Metric:
     Args:
         name (`str`): What is measured.
         values (`Mapping[str, Estimate]`): One estimate a model, in the order of the columns.
-        difference (`Estimate`): Last model minus first, over pairs.
-        higher_is_better (`bool`, *optional*, defaults to `True`): Which sign of the difference is an improvement.
+        differences (`Mapping[str, Estimate]`): Model name to its difference from the model before it, over pairs. The
+            first model has none.
+        higher_is_better (`bool`, *optional*, defaults to `True`): Which sign of a difference is an improvement.
         percent (`bool`, *optional*, defaults to `False`): Show as a percentage.
         digits (`int`, *optional*, defaults to `0` for a percentage and `3` else): Digits after the point.
         help (`str`, *optional*, defaults to `""`): One sentence on how it is measured.
@@ -29,7 +30,7 @@ class Metric:
 
     name: str
     values: Mapping[str, Estimate]
-    difference: Estimate
+    differences: Mapping[str, Estimate]
     higher_is_better: bool = True
     percent: bool = False
     digits: int | None = None
@@ -45,12 +46,12 @@ class Metric:
         """A signed difference; one of two percentages is in points."""
         return ("+" if value > 0 else "") + self.show(value).removesuffix("\N{NO-BREAK SPACE}%")
 
-    @property
-    def verdict(self) -> str:
-        """`"better"`, `"worse"`, or `"unclear"` when the difference's interval holds 0."""
-        if self.difference.low <= 0 <= self.difference.high:
+    def verdict(self, model: str) -> str:
+        """Of a model against the one before it: `"better"`, `"worse"`, or `"unclear"` when the interval holds 0."""
+        difference = self.differences[model]
+        if difference.low <= 0 <= difference.high:
             return "unclear"
-        return "better" if (self.difference.value > 0) == self.higher_is_better else "worse"
+        return "better" if (difference.value > 0) == self.higher_is_better else "worse"
 
 
 @dataclass
@@ -107,6 +108,7 @@ def write_report(
     *,
     title: str,
     summary: str,
+    notes: Sequence[str] = (),
     metrics: Sequence[Metric] = (),
     clips: Sequence[Clip] = (),
     clips_note: str = "",
@@ -123,6 +125,7 @@ def write_report(
         path (`str` or `PathLike`): HTML file to write; replaced as a whole.
         title (`str`): Heading.
         summary (`str`): The result in a sentence or two.
+        notes (`Sequence[str]`, *optional*): Further paragraphs under it, such as which method ran.
         metrics (`Sequence[Metric]`, *optional*): Rows of the results table; all over the same models.
         clips (`Sequence[Clip]`, *optional*): Prompts with their videos side by side.
         clips_note (`str`, *optional*): How the clips were chosen.
@@ -156,6 +159,8 @@ def write_report(
     for metric in metrics:
         if list(metric.values) != models:
             raise ValueError(f"metric {metric.name!r} covers {list(metric.values)}, the first one covers {models}")
+        if unknown := set(metric.differences) - set(models[1:]):
+            raise ValueError(f"metric {metric.name!r} has differences of {sorted(unknown)}, which follow no model")
     environment = Environment(
         loader=PackageLoader("vidtrl.report"),
         autoescape=True,
@@ -167,6 +172,7 @@ def write_report(
     html = environment.get_template("report.html").render(
         title=title,
         summary=summary,
+        notes=notes,
         models=models,
         metrics=metrics,
         clips=[

@@ -1,0 +1,192 @@
+"""What `vidtrl demo` shows: the table, one sentence, and `report.html`."""
+
+import json
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from .demo_settings import MODELS
+from .env import hardware
+
+
+METRICS = {  # name -> (label, digits after the point of its percentage, higher is better, how it is measured)
+    "all": ("All three right", 0, True, "colour, shape and direction as the prompt asks"),
+    "color": ("Colour", 0, True, "palette colour nearest to the shape's pixels"),
+    "shape": ("Shape", 0, True, "filled share of the bounding box"),
+    "direction": ("Direction", 0, True, "slope of the centroid"),
+    "present": ("Shape visible", 0, True, "in at least 60 % of the frames; no stage is trained on it"),
+    "flicker": (
+        "Flicker",
+        1,
+        False,
+        "standard deviation of the shape's brightness over time, relative to its mean",
+    ),
+    "smoothness": ("Smoothness", 1, True, "100 % is uniform motion"),
+}
+
+
+def results_table(results: dict) -> Table:
+    """The results as a table for the terminal, with 95 % intervals; under each model its change against the one before."""
+    table = Table(
+        title=f"{results['num_clips']} held-out clips a model, measured from their mp4 files: % [95 % interval]\n"
+        "second lines: change against the model on the left",
+        box=box.SIMPLE_HEAD,
+    )
+    for name in ("Measured", *(MODELS[name] for name in results["models"])):
+        table.add_column(name, justify="left" if name == "Measured" else "right")
+    for metric, (label, digits, higher, _) in METRICS.items():
+        row = results["metrics"][metric]
+
+        def show(e, sign="", digits=digits):
+            value, low, high = (f"{100 * e[k]:{sign}.{digits}f}" for k in ("value", "low", "high"))
+            return f"{value} [{low}, {high}]"
+
+        cells = []
+        for name in results["models"]:
+            cell = Text(show(row[name]))
+            if name in row["differences"]:
+                difference = row["differences"][name]
+                clear = not difference["low"] <= 0 <= difference["high"]
+                style = "dim" if not clear else "green" if (difference["value"] > 0) == higher else "red"
+                cell.append("\n" + show(difference, "+"), style=style)
+            cells.append(cell)
+        table.add_row(label, *cells)
+    return table
+
+
+def verdict(results: dict) -> str:
+    """The result in two sentences."""
+    row, flicker = results["metrics"]["all"], results["metrics"]["flicker"]
+    text = f"Clips that show the asked colour, shape and direction: {100 * row['base']['value']:.0f} % of the base's"
+    for name, difference in row["differences"].items():
+        points, low, high = (f"{100 * difference[k]:+.0f}" for k in ("value", "low", "high"))
+        text += (
+            f", {100 * row[name]['value']:.0f} % after {name.upper()} ({points} points; 95 % interval {low} to {high})"
+        )
+    steps = [f"{100 * flicker[name]['value']:.1f} %" for name in results["models"]]
+    return f"{text}. Flicker: {', then '.join(steps)}."
+
+
+def recipe_note(results: dict, output: Path) -> str:
+    """Which method the GRPO stage used, on which rewards, what the untrained ones did, and where the reasons stand."""
+    settings = results["settings"]
+    log = json.loads((output / "grpo" / "trainer_state.json").read_text())["log_history"]
+    evals = [entry for entry in log if "eval_reward" in entry]
+    watched = []
+    for name in settings["watched_rewards"]:
+        values = [entry[f"eval_rewards/{name}/mean"] for entry in evals]
+        watched.append(f"{name} went from {values[0]:.2f} to {values[-1]:.2f}")
+    return (
+        f"The GRPO stage ran the recipe {settings['grpo']['recipe']} for {settings['grpo']['max_steps']} updates on "
+        f"{' + '.join(settings['rewards'])}. Measured and never trained on: {', '.join(watched) or 'nothing'}. "
+        "Why this recipe at this scale: docs/grpo_trainer.md."
+    )
+
+
+def write_demo_report(output: Path, results: dict) -> Path:
+    """Write `report.html` from the results, the videos and the training logs."""
+    from ..report import Clip, Estimate, Metric, write_report
+
+    models = {name: MODELS[name] for name in results["models"]}
+    metrics = [
+        Metric(
+            label,
+            {text: Estimate(**results["metrics"][key][name]) for name, text in models.items()},
+            {models[n]: Estimate(**difference) for n, difference in results["metrics"][key]["differences"].items()},
+            higher_is_better=higher,
+            percent=True,
+            digits=digits,
+            help=help_text,
+        )
+        for key, (label, digits, higher, help_text) in METRICS.items()
+    ]
+    describe = lambda m: f"{m['color']} {m['shape']} {m['direction']}" if m["present"] else "no shape seen"  # noqa: E731
+    clips = [
+        Clip(
+            clip["prompt"],
+            {label: output / "videos" / name / clip["file"] for name, label in models.items()},
+            notes={label: describe(clip[name]) for name, label in models.items()},
+            right={label: clip[name]["all"] for name, label in models.items()},
+        )
+        for clip in results["clips"]
+    ]
+    # an even walk through all captions first: twelve that no one picked by their result
+    stride = max(1, len(clips) // 12)
+    shown = clips[::stride][:12]
+    clips = shown + [clip for clip in clips if clip not in shown]
+    grpo = "grpo" in models
+    flat: dict = {}
+    for name, value in results["settings"].items():
+        if name == "sft" or name == "grpo" and grpo:
+            flat |= {f"{name}.{key}": one for key, one in value.items()}
+        elif grpo or name not in ("grpo", "rewards", "watched_rewards", "num_eval_prompts"):
+            flat[name] = ", ".join(value) if isinstance(value, (list, tuple)) else value
+    charts = sft_charts(output / "sft" / "trainer_state.json")
+    if grpo:
+        charts += grpo_charts(output / "grpo" / "trainer_state.json", results["settings"])
+    stages = "supervised fine-tuning, then GRPO," if grpo else "supervised fine-tuning"
+    return write_report(
+        output / "report.html",
+        title=f"vidtrl demo: {stages} of the toy model",
+        summary=verdict(results),
+        notes=[recipe_note(results, output)] if grpo else [],
+        metrics=metrics,
+        clips=clips,
+        clips_note="Same prompt and same initial noise for all models. The first twelve are an even walk through all "
+        "prompts, not a choice by result. Under each video: what was measured in it.",
+        charts=charts,
+        settings={"base": results["base"], "seed": results["seed"], **flat},
+        versions=results["versions"] | hardware(),
+    )
+
+
+def sft_charts(state_file: Path) -> list:
+    """Loss curves from the trainer's log: training loss, held-out loss, and held-out loss by noise level."""
+    from ..report import Chart
+
+    log = json.loads(state_file.read_text())["log_history"]
+    train = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    evals = [entry for entry in log if "eval_loss" in entry]
+    charts = []
+    if train:
+        charts.append(Chart("SFT: training loss", {"training loss": train}, "step", "velocity error"))
+    if evals:
+        held_out = [(entry["step"], entry["eval_loss"]) for entry in evals]
+        note = "Fixed noise, unseen clips."
+        charts.append(Chart("SFT: held-out loss", {"held-out loss": held_out}, "step", "velocity error", note))
+        strata = {k: float(k.rsplit("_", 1)[1]) for k in evals[-1] if "loss_sigma_" in k}
+        curve = lambda entry: sorted((sigma, entry[k]) for k, sigma in strata.items() if k in entry)  # noqa: E731
+        series = {f"step {evals[-1]['step']}": curve(evals[-1]), f"step {evals[0]['step']}": curve(evals[0])}
+        if strata:
+            note = "Fine detail on the left, layout and motion on the right."
+            charts.append(
+                Chart("SFT: held-out loss by noise level", series, "noise level (sigma)", "velocity error", note)
+            )
+    return charts
+
+
+def grpo_charts(state_file: Path, settings: dict) -> list:
+    """Reward curves: of the videos in training, and of fixed prompts and seeds with the rewards never trained on."""
+    from ..report import Chart
+
+    log = json.loads(state_file.read_text())["log_history"]
+
+    def curves(prefix: str, names) -> dict:
+        series = {name: [(e["step"], e[key]) for e in log if (key := f"{prefix}/{name}/mean") in e] for name in names}
+        return {name: points for name, points in series.items() if points}
+
+    trained, watched = list(settings["rewards"]), list(settings["watched_rewards"])
+    total = [(entry["step"], entry["reward"]) for entry in log if "reward" in entry]
+    total = {"sum": total} if total and len(trained) > 1 else {}
+    held_out = curves("eval_rewards", trained)
+    held_out |= {f"{name} (never trained on)": points for name, points in curves("eval_rewards", watched).items()}
+    charts = []
+    for title, series, note in (
+        ("GRPO: reward in training", total | curves("rewards", trained), "Mean over the videos of each update."),
+        ("GRPO: rewards of fixed prompts", held_out, "Fixed noise, the pipeline's own solver."),
+    ):
+        if series:
+            charts.append(Chart(title, dict(list(series.items())[:4]), "update", "mean reward", note))
+    return charts

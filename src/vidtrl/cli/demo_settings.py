@@ -1,0 +1,87 @@
+"""What `vidtrl demo` trains and measures, in one place."""
+
+from dataclasses import dataclass, field
+
+
+STAGES = ("sft", "grpo")  # in the order in which they build on each other
+MODELS = {"base": "base", "sft": "SFT", "grpo": "SFT + GRPO"}  # each is the one before it and one adapter more
+ATTRIBUTES = ("color", "shape", "direction")
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """
+    Everything that decides what the demo trains and measures.
+
+    Args:
+        num_clips (`int`): Training clips of the SFT stage, all `clean`.
+        num_eval_clips (`int`): Further clips for the held-out loss.
+        num_generated (`int`): Generated clips a model, at most one a caption.
+        lora_r (`int`): Rank of each stage's adapter; `lora_alpha` is equal to it.
+        sft (`dict`): Arguments of [`VideoSFTConfig`].
+        grpo (`dict`): Arguments of [`VideoGRPOConfig`]. Prompts are all captions.
+        rewards (`tuple[str, ...]`): What the GRPO stage is trained on, summed.
+        watched_rewards (`tuple[str, ...]`): Measured in its evaluation and never trained on.
+        num_eval_prompts (`int`): Prompts of its evaluation.
+        height (`int`), width (`int`), num_frames (`int`), fps (`int`), max_sequence_length (`int`): The toy's shape.
+        num_inference_steps (`int`): Sampling steps of the generated clips.
+        guidance_scale (`float`): Classifier-free guidance of the generated clips.
+    """
+
+    num_clips: int = 432
+    num_eval_clips: int = 36
+    num_generated: int = 72
+    lora_r: int = 32
+    sft: dict = field(
+        default_factory=lambda: {
+            "max_steps": 600,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 50,
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+            "caption_dropout": 0.1,
+            "ema_decay": 0.99,
+            "sigma_sampling": "uniform",
+            "gradient_checkpointing": False,
+            "eval_steps": 200,
+            "save_steps": 100,
+            "logging_steps": 10,
+        }
+    )
+    grpo: dict = field(
+        default_factory=lambda: {
+            "recipe": "diffusion-nft",
+            "max_steps": 30,
+            "num_generations": 8,
+            "per_device_train_batch_size": 16,
+            "gradient_accumulation_steps": 4,
+            "learning_rate": 7e-4,
+            "lr_scheduler_type": "constant",
+            "nft_beta": 0.3,
+            "num_train_sigmas": 3,
+            "num_inference_steps": 10,
+            "guidance_scale": 1.0,
+            "ema_decay": 0.9,
+            "ema_update_steps": 1,
+            "rollout_batch_size": 32,
+            "vae_batch_size": 8,
+            "gradient_checkpointing": False,
+            "eval_steps": 10,
+            "eval_num_inference_steps": 10,
+            "per_device_eval_batch_size": 24,
+            "save_steps": 5,
+            "logging_steps": 1,
+        }
+    )
+    rewards: tuple[str, ...] = ("toy-attributes", "toy-smoothness")
+    watched_rewards: tuple[str, ...] = ("toy-presence",)
+    num_eval_prompts: int = 24
+    height: int = 64
+    width: int = 64
+    num_frames: int = 17
+    fps: int = 8
+    max_sequence_length: int = 16
+    num_inference_steps: int = 20
+    guidance_scale: float = 1.0
