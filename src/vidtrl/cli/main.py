@@ -14,7 +14,7 @@ COMMANDS = {
     "sft": (".sft", "fine-tune a video diffusion model on captioned clips (LoRA, DoRA or full)"),
     "grpo": (".grpo", "train a video diffusion model on reward functions with GRPO and its family"),
     "check-model": (".check_model", "prove that vidtrl samples and trains a model as its pipeline means it"),
-    "demo": (".demo", "fine-tune the shipped toy model on a laptop and show before and after"),
+    "demo": (".demo", "post-train the shipped toy model on a laptop, SFT then GRPO, and show before and after"),
     "env": (".env", "print versions and hardware, for bug reports"),
 }
 
