@@ -150,6 +150,10 @@ class VideoTrainer(Trainer):
                     block.compile()
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # the Trainer has this default for its own models only
+        if args.ddp_broadcast_buffers is None:
+            # denoisers' buffers are constants, and broadcasting them would make processes wait for each other in every
+            # forward, of which they may need different numbers
+            args.ddp_broadcast_buffers = False
 
         super().__init__(
             trained,
