@@ -50,7 +50,7 @@ ARMS = {
 }
 # steps of the four prompts of a round: the mean of each is 4.5
 ROUNDS = [(0, 9, 4, 5), (1, 8, 3, 6), (2, 7, 0, 9), (4, 5, 1, 8)]
-CLIP = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16}
+CLIP = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16}
 SMALL_CLIP = {**CLIP, "height": 16, "width": 16}  # of the second part, for time
 ROLLOUT_TARGET, TOTAL_TARGET, MATCH_TARGET, OVERHEAD_TARGET = 0.22, 0.30, 0.05, 0.10
 BACKWARD = 2  # in units of a forward
@@ -212,11 +212,11 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     return float(np.median(values)), float(low), float(high)
 
 
-def savings(folder: str, rounds: int) -> list[str]:
+def savings(folder: str, rounds: int, names: list[str]) -> list[str]:
     """The first part. Returns the targets that are missed."""
     schedule = [("all", ROUNDS[0])]  # warm-up
     for i in range(rounds):
-        arms = list(ARMS)[i % len(ARMS) :] + list(ARMS)[: i % len(ARMS)]  # none is always first
+        arms = names[i % len(names) :] + names[: i % len(names)]  # none is always first
         schedule += [(arm, ROUNDS[i % len(ROUNDS)]) for arm in arms]
     interleave = Interleave(schedule, replay="all")
     trainer = train(
@@ -224,22 +224,24 @@ def savings(folder: str, rounds: int) -> list[str]:
     )
     rows = interleave.rows[1:]
     parameters = sum(p.numel() for p in trainer.denoiser.parameters())
-    by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in ARMS}
+    by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in names}
     print(f"{parameters / 1e6:.1f} M parameters, {torch.get_num_threads()} thread(s), {rounds} rounds, ", end="")
     print(f"load average {os.getloadavg()[0]:.2f} on {os.cpu_count()} cores")
     print("flash-grpo, shared noise, T=20, G=8, guidance, 4 prompts per update\n")
     print(
         f"{'arm':10} {'rollout':>8} {'backward':>8} {'cost':>6} {'saved':>7} {'seconds':>8} {'saved':>7}  95 % interval"
+        "     best"
     )
-    missed, result = [], {}
+    missed, result, best = [], {}, {}
     for arm, mine in by_arm.items():
         cost, base = mine[0]["cost"], by_arm["unshared"][0]["cost"]
         ratios = [1 - a["seconds"] / b["seconds"] for a, b in zip(mine, by_arm["unshared"], strict=True)]
         middle, low, high = result[arm] = interval(ratios)
-        seconds = np.median([row["seconds"] for row in mine])
+        # every round is the same work, so the quickest is the one that other load disturbed least
+        seconds, best[arm] = (f([row["seconds"] for row in mine]) for f in (np.median, min))
         print(
             f"{arm:10} {mine[0]['rollout']:8} {mine[0]['backwards']:8} {cost:6} {1 - cost / base:7.1%} {seconds:8.2f} "
-            f"{middle:7.1%}  {low:.1%} to {high:.1%}"
+            f"{middle:7.1%}  {low:6.1%} to {high:6.1%} {best[arm]:8.2f}"
         )
         constant = all(row[name] == mine[0][name] for row in mine for name in ("rollout", "backwards", "cost"))
         if not constant or (arm != "unshared" and any(row["rollout"] != row["minimum"] for row in mine)):
@@ -252,6 +254,7 @@ def savings(folder: str, rounds: int) -> list[str]:
         ("rollout evaluations saved", rollout, f">= {ROLLOUT_TARGET:.0%}", rollout >= ROLLOUT_TARGET),
         ("all evaluations saved", total, f">= {TOTAL_TARGET:.0%}", total >= TOTAL_TARGET),
         ("seconds saved minus that", gain - total, f"within {MATCH_TARGET:.0%}", abs(gain - total) <= MATCH_TARGET),
+        ("the same, best of all", 1 - best["all"] / best["unshared"] - total, "not judged", True),
         ("overhead over bare calls", overhead, f"<= {OVERHEAD_TARGET:.0%}", overhead <= OVERHEAD_TARGET),
     ):
         print(f"\n{name:27} {value:6.1%}  (target {target}{'' if met else ', MISSED'})", end="")
@@ -295,11 +298,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument(
+        "--arms", nargs="*", default=list(ARMS), choices=list(ARMS), help='"all" and "unshared" at least'
+    )
     options = parser.parse_args()
     logging.set_verbosity_error()
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        missed = savings(folder, options.rounds) if options.rounds else []
+        missed = savings(folder, options.rounds, options.arms) if options.rounds else []
         missed += recipes(folder, options.recipes)
     print(
         f"\n{time.perf_counter() - began:.0f} s. " + ("MISSED: " + "; ".join(missed) if missed else "All targets met.")
