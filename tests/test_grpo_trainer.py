@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset
 from grpo_setup import PROMPTS, Watching, brightness, dataset, history, make_args, make_trainer
 from peft import LoraConfig
-from safetensors.torch import load_file
 from sft_setup import digest, trained_weights
 from tiny_pipelines import wan
 from transformers import TrainerCallback
@@ -145,8 +144,9 @@ def test_rewards_get_the_videos_of_their_prompts(tmp_path):
     generation = trainer.generations[0]
     prompts = [row["prompt"] for _, row in sorted(next(iter(trainer.get_train_dataloader())))]
     assert [prompt for prompt, _ in kept] == [prompt for prompt in prompts for _ in range(4)]
-    got = torch.tensor([video.mean() for _, video in kept])
+    got = torch.tensor([brightness([video])[0] for _, video in kept])
     torch.testing.assert_close(got, generation["rewards"].flatten())
+    assert len(set(got.tolist())) == 8
 
 
 def test_async_rewards(tmp_path):
@@ -665,6 +665,16 @@ def test_guidance_of_image_models_keeps_the_image(tmp_path):
         assert positive["encoder_hidden_states"].shape != negative["encoder_hidden_states"].shape or not torch.equal(
             positive["encoder_hidden_states"], negative["encoder_hidden_states"]
         )
+
+
+def test_evaluation_and_validation_of_image_models(tmp_path):
+    config = family_setup("wan_i2v", max_steps=1, eval_num_inference_steps=2, validation_steps=1)
+    config |= dict(num_validation_videos=2, validation_num_inference_steps=1)
+    trainer = make_trainer(tmp_path, trainer=dict(eval_dataset=config["rows"].select([2, 0])), **config)
+    assert [trainer.validation_image(i) for i in range(2)] == [config["rows"][2]["image"], config["rows"][0]["image"]]
+    trainer.train()
+    assert len(list((tmp_path / "validation" / "step_000001").glob("*.mp4"))) == 2
+    assert math.isfinite(trainer.evaluate()["eval_reward"])
 
 
 @pytest.mark.parametrize("expert", ["high", "low"])

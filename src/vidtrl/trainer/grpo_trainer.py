@@ -247,6 +247,13 @@ class VideoGRPOTrainer(VideoTrainer):
         dataset = self.eval_dataset if isinstance(self.eval_dataset, Dataset) else self.train_dataset
         return list(dict.fromkeys(dataset["prompt"]))[: self.args.num_validation_videos]
 
+    def validation_image(self, index: int):
+        if not self.video_model.family.image:
+            return None
+        dataset = self.eval_dataset if isinstance(self.eval_dataset, Dataset) else self.train_dataset
+        prompts, wanted = list(dataset["prompt"]), self.validation_prompts()[index]
+        return dataset[prompts.index(wanted) if wanted in prompts else index % len(prompts)]["image"]
+
     def _condition_kwargs(self) -> dict:
         kwargs = dict(self.args.pipeline_kwargs or {})
         if self.args.max_sequence_length is not None:
@@ -989,7 +996,8 @@ class VideoGRPOTrainer(VideoTrainer):
                 [row["prompt"] for row in rows],
                 seeds=[args.validation_seed + i for i in mine],
                 images=[row["image"] for row in rows] if self.video_model.family.image else None,
-                batch_size=args.per_device_eval_batch_size,
+                # not every image-to-video pipeline takes lists of images
+                batch_size=1 if self.video_model.family.image else args.per_device_eval_batch_size,
                 num_inference_steps=args.eval_num_inference_steps,
                 **guidance,
             )
