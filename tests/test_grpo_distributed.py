@@ -1,0 +1,85 @@
+"""Two processes learn what one process learns from the same generations."""
+
+import json
+import socket
+
+import pytest
+from grpo_worker import start
+from safetensors.torch import load_file
+
+
+# the batch of one process; each of two has half of it. Of three prompts with four videos, the second is split
+CASES = {
+    "flash-grpo": dict(evaluate=True, per_device_train_batch_size=12, eval_num_inference_steps=2),
+    "longcat": dict(recipe="longcat", per_device_train_batch_size=12),
+    "flow-grpo": dict(recipe="flow-grpo", per_device_train_batch_size=12, num_inference_steps=3),
+    "dance-grpo": dict(recipe="dance-grpo", per_device_train_batch_size=12),
+    "branch-grpo": dict(recipe="branch-grpo", tree_splits=[0, 2], per_device_train_batch_size=12),
+    # three branches with two tails each: the second branch is finished on both processes and must count once
+    "g2rpo": dict(recipe="g2rpo", granularities=[1, 2], num_generations=6, per_device_train_batch_size=6),
+    "tempflow-grpo": dict(
+        recipe="tempflow-grpo", num_latents=2, per_device_train_batch_size=12, gradient_accumulation_steps=2
+    ),
+    "diffusion-nft": dict(recipe="diffusion-nft", per_device_train_batch_size=12),
+    "awm": dict(recipe="awm", num_train_sigmas=2, per_device_train_batch_size=12),
+    "reused": dict(recipe="longcat", per_device_train_batch_size=12, reuse_rollout=True),
+    # one prompt for each process: the second has nothing to learn in the first generation, the first in the second
+    "idle": dict(rewards="only_some", shuffle_dataset=False),
+    # the same in four slices, of which some are empty; processes exchange gradients with the last one
+    "idle slices": dict(
+        rewards="only_some", shuffle_dataset=False, per_device_train_batch_size=2, gradient_accumulation_steps=4,
+        recipe="branch-grpo", tree_splits=[0, 2],
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folders of both runs; each process trains all cases."""
+    folders = {}
+    for num_processes in (1, 2):
+        out = folders[num_processes] = tmp_path_factory.mktemp(f"{num_processes}")
+        cases = {}
+        for name, config in CASES.items():
+            batch = config.get("per_device_train_batch_size", 8)
+            cases[name] = config | {"per_device_train_batch_size": batch // num_processes}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        common = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(num_processes))
+        ranks = [{**common, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(num_processes)]
+        job = {"out": str(out), "cases": cases}
+        started = [start(job, **(environment if num_processes > 1 else {})) for environment in ranks]
+        for process, log in started:
+            process.join(timeout=600)
+            assert process.exitcode == 0, log.read_text()[-3000:]
+    return folders
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_equal_one(runs, name):
+    one, two = (json.loads((runs[n] / f"{name}.json").read_text()) for n in (1, 2))
+    assert (one["num_processes"], two["num_processes"]) == (1, 2)
+    assert len(set(two["digests"])) == 1  # both hold the same weights
+    weights = [load_file(runs[n] / f"{name}.safetensors") for n in (1, 2)]
+    difference = max((weights[0][n] - weights[1][n]).abs().max().item() for n in weights[0])
+    assert difference < 2e-5 * one["moved"] and one["moved"] > 1e-4
+    for first, second in zip(one["logs"], two["logs"], strict=True):
+        for metric in ("reward", "reward_std", "frac_reward_zero_std", "grad_norm"):
+            assert second[metric] == pytest.approx(first[metric], rel=1e-4), metric
+        assert second["loss"] == pytest.approx(first["loss"], abs=1e-5)
+    assert two["eval_reward"] == (one["eval_reward"] and pytest.approx(one["eval_reward"], rel=1e-5))
+
+
+def test_the_cases_are_what_they_say(runs):
+    def result(name):
+        return json.loads((runs[2] / f"{name}.json").read_text())
+
+    for name in ("idle", "idle slices"):
+        first, second = result(name)["taught"]
+        assert first[0] > 0 == second[0] and first[1] == 0 < second[1]
+    assert result("flash-grpo")["eval_reward"] is not None
+    # four videos of one group and two of the next, on both
+    assert result("flash-grpo")["items"] == [[6, 6], [6, 6]]
+    # the first process has a share in the branches 0 and 1, the second in 1 and 2, and trains on 2 alone
+    assert result("g2rpo")["items"] == [[1, 1], [1, 1]]
