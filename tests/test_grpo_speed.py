@@ -132,7 +132,7 @@ def test_sharing_changes_no_gradient(tmp_path, recipe):
     mine, evaluated = gradient(shared, generation(shared))
     other, evaluated_unshared = gradient(unshared, generation(unshared))
     assert evaluated < evaluated_unshared
-    assert shared._metrics["nfe"][0] < unshared._metrics["nfe"][0]
+    assert shared.metrics.values["nfe"][0] < unshared.metrics.values["nfe"][0]
     assert_close(mine, other)
     if recipe == "flash-grpo":
         control = make_trainer(tmp_path / "c", seed=1, **config)

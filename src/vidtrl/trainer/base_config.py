@@ -152,9 +152,7 @@ class VideoTrainingConfig(TrainingArguments):
     ema_decay: float | None = field(
         default=None, metadata={"help": "Decay of the moving average of the trainable weights, such as 0.999."}
     )
-    ema_update_steps: int = field(
-        default=1, metadata={"help": "Optimizer steps between two updates of that average."}
-    )
+    ema_update_steps: int = field(default=1, metadata={"help": "Optimizer steps between two updates of that average."})
     on_nan: str = field(
         default="raise",
         metadata={"help": "A NaN or infinite loss stops the run or drops the batch.", "choices": ["raise", "skip"]},

@@ -559,7 +559,11 @@ class VideoTrainer(Trainer):
             save_file(raw, directory / RAW_WEIGHTS)
         if self.roles:
             save_file(
-                {f"{role}.{name}": t.cpu() for role, weights in self.roles.items() for name, t in weights.average.items()},
+                {
+                    f"{role}.{name}": t.cpu()
+                    for role, weights in self.roles.items()
+                    for name, t in weights.average.items()
+                },
                 directory / ROLE_WEIGHTS,
             )
 
@@ -641,7 +645,11 @@ class VideoTrainer(Trainer):
             revision=self.args.hub_revision,
             run_as_future=True,
         )
-        jobs = [upload_folder(folder_path=self.args.output_dir, ignore_patterns=["_*", "checkpoint-*", "completions/*"], **common)]
+        jobs = [
+            upload_folder(
+                folder_path=self.args.output_dir, ignore_patterns=["_*", "checkpoint-*", "completions/*"], **common
+            )
+        ]
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             last = self.args.hub_strategy == HubStrategy.CHECKPOINT
             path = "last-checkpoint" if last else os.path.basename(checkpoint_folder)

@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig, PeftModel
@@ -50,6 +49,8 @@ from .completions import CompletionLog
 from .draws import draw_seed
 from .ema import WeightAverage
 from .grpo_config import VideoGRPOConfig
+from .grpo_logging import GenerationMetrics, log_completions, nanstd, video_advantages
+from .grpo_plans import check_schedule, credited, draw_plan
 from .prompt_batches import GenerationSampler, PromptRows
 
 
@@ -162,7 +163,7 @@ class VideoGRPOTrainer(VideoTrainer):
         held_out = eval_reward_funcs if isinstance(eval_reward_funcs, (list, tuple)) else [eval_reward_funcs or ()]
         self.eval_rewards = RewardRunner([*trained, *[f for f in held_out if f]], **runner)
         self._generation: tuple[tuple[int, int], list[list[list[Item]]]] | None = None
-        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self.metrics = GenerationMetrics()
         self._conditions: OrderedDict[tuple, Condition] = OrderedDict()
         self._completions: CompletionLog | None = None
         self._last_ratio_deviation = self._update_time = 0.0
@@ -215,7 +216,11 @@ class VideoGRPOTrainer(VideoTrainer):
             )
         self.latent_shape = model.latent_shape(args.num_frames, args.height, args.width)
         self.grid = model.sigmas(args.num_inference_steps, self.latent_shape)
-        self._check_schedule()
+        # the steps at which the denoiser in training is used: all, unless it is one of two experts
+        self._own_steps = [
+            i for i, sigma in enumerate(self.grid[:-1].tolist()) if model.expert(sigma) == self.denoiser_name
+        ]
+        check_schedule(args, self.grid, self._own_steps, self.transition)
         self.negative_condition = None  # of all prompts; with an image condition each has its own
         if args.guidance_scale != 1.0 and not model.family.image:
             size = args.height, args.width, args.num_frames
@@ -315,101 +320,12 @@ class VideoGRPOTrainer(VideoTrainer):
         ]
         return [range(low, max(low, high)) for low, high in bounds]
 
-    # ---- Which steps are stochastic, and who shares what ----
-
-    def _candidates(self) -> list[int]:
-        """The steps that may be stochastic: inside `sde_range`, and where the expert in training is used."""
-        steps = step_schedules.step_range(self.args.num_inference_steps, tuple(self.args.sde_range))
-        mine = [i for i in steps if self.video_model.expert(float(self.grid[i])) == self.denoiser_name]
-        if not mine:
-            raise ValueError(
-                f"no step of sde_range={self.args.sde_range} belongs to the expert {self.args.expert or 'high'!r}; "
-                "widen it or train the other expert"
-            )
-        return mine
-
-    def plan(self, iteration: int, rng: random.Random) -> Plan:
-        """
-        Draw the plan of one group.
-
-        Args:
-            iteration (`int`): Number of the generation, from 0.
-            rng (`random.Random`): The group's own; every process draws the same.
-        """
-        args, steps = self.args, self._candidates() if self.args.sde_schedule != "none" else []
-        total, members, latents = args.num_inference_steps, args.num_generations, args.latents_per_prompt
-        if args.sde_schedule == "tree":
-            plan = step_schedules.tree_plan(total, args.tree_splits)
-        elif args.sde_schedule == "branch":
-            chosen = step_schedules.random_steps(steps, args.sde_steps, rng)
-            plan = step_schedules.branch_plan(total, chosen, latents, members // (len(chosen) * latents))
-        elif args.sde_schedule == "granular":
-            branches = members // len(args.granularities)
-            plan = step_schedules.granular_plan(total, rng.choice(steps), branches, args.granularities)
-        else:
-            merged: list[tuple[int, int]] = []
-            if args.sde_schedule == "none":
-                chosen = []
-            elif args.sde_schedule == "single":
-                chosen = [rng.choice(steps)]
-            elif args.sde_schedule == "all":
-                chosen = steps if args.sde_range[1] < 1 or len(steps) < total - 1 else list(range(total - 1))
-            elif args.sde_schedule == "random":
-                chosen = step_schedules.random_steps(steps, args.sde_steps, rng)
-            elif args.sde_schedule == "window":
-                mode, interval = args.window_mode, args.window_interval
-                chosen = step_schedules.window(steps, args.sde_steps, iteration, mode, interval=interval, rng=rng)
-            else:
-                merged = step_schedules.merge_steps(self.grid.tolist(), args.merge_threshold, last=steps[-1] + 1)
-                merged = [span for span in merged if span[0] >= steps[0]]
-                if not merged:
-                    raise ValueError(
-                        f"no merged step of merge_threshold={args.merge_threshold} lies inside sde_range={args.sde_range}: "
-                        "lower the threshold or widen the range"
-                    )
-                span = rng.choice(merged)
-                chosen, merged = [span[0]], [span]
-            plan = step_schedules.chain_plan(total, members, chosen, latents, merged)
-        if args.tail_ratio < 1:
-            plan = step_schedules.compress_tail(plan, args.tail_ratio)
-        return plan
-
     def transition(self, x: Tensor, velocity: Tensor, sigma, sigma_next) -> Transition:
         """The kernel of a stochastic step; see [`~vidtrl.diffusion.transitions.transition`]."""
-        args = self.args
+        args, sigma_max = self.args, float(self.grid[1])
         return transition(
-            args.transition,
-            x,
-            velocity,
-            sigma,
-            sigma_next,
-            noise_level=args.noise_level,
-            sigma_max=float(self.grid[1]),
+            args.transition, x, velocity, sigma, sigma_next, noise_level=args.noise_level, sigma_max=sigma_max
         )
-
-    def _check_schedule(self) -> None:
-        """Fail at start-up, not in the middle of a run, where the kernel is singular or the schedule impossible."""
-        if self.args.sde_schedule == "none":
-            return
-        args, steps, point = self.args, self._candidates(), torch.zeros(1, 1)
-        if args.sde_schedule == "tree":
-            last = args.num_inference_steps - 2  # the last step of all leads to sigma 0
-            mine = step_schedules.step_range(args.num_inference_steps, (0.0, 1.0))
-            mine = [i for i in mine if self.video_model.expert(float(self.grid[i])) == self.denoiser_name]
-            if outside := sorted(set(args.tree_splits) - set(mine)):
-                raise ValueError(
-                    f"tree_splits={args.tree_splits}: steps {outside} lie outside the schedule of the model in training, "
-                    f"steps {mine[0]} to {min(last, mine[-1])}; change tree_splits or num_inference_steps"
-                )
-            steps = args.tree_splits
-        self.plan(0, random.Random(0))
-        for step in steps:
-            kernel = self.transition(point, point, float(self.grid[step]), float(self.grid[step + 1]))
-            if not 0 < float(kernel.std) < float("inf"):
-                raise ValueError(
-                    f"transition={args.transition!r} with noise_level={args.noise_level} draws no usable noise at step "
-                    f"{step} (standard deviation {float(kernel.std):g}): change noise_level"
-                )
 
     # ---- Rollout ----
 
@@ -433,7 +349,7 @@ class VideoGRPOTrainer(VideoTrainer):
         # a window is the same for all prompts, everything else is drawn for each
         own = args.sde_schedule != "window"
         seeds = [draw_seed(args.seed, epoch, number, group if own else 0) for group in range(args.num_prompts)]
-        plans = [self.plan(iteration, random.Random(seed)) for seed in seeds]
+        plans = [draw_plan(args, self.grid, self._own_steps, iteration, random.Random(seed)) for seed in seeds]
         members = self._members()
         groups = [key[3] for key, _ in inputs]
         conditions = [self.condition(key[4], row) for key, row in inputs]
@@ -498,16 +414,16 @@ class VideoGRPOTrainer(VideoTrainer):
             local.append(self.rewards.collect(handle))
             reward_time += self.rewards.seconds
             for name, values in self.rewards.metrics.items():
-                self._metrics[name] += values
+                self.metrics.values[name] += values
             for name, values in self.rewards.extra.items():  # a function may log for some parts only
                 extra[name] += [None] * (sum(map(len, local[:-1])) - len(extra[name])) + values
             if self.rewards.num_skipped:
-                self._metrics["num_skipped_rewards"].append(float(self.rewards.num_skipped))
+                self.metrics.values["num_skipped_rewards"].append(float(self.rewards.num_skipped))
         # every process holds the same number of videos, in the order of (group, member)
         rewards = self.accelerator.gather(torch.cat(local).to(args.device)).cpu()
         rewards = rewards.view(args.num_prompts, args.num_generations, -1)
         advantages = self._advantages(plans, rewards)
-        self._log_rewards(rewards)
+        self.metrics.rewards(self.rewards, rewards)
 
         began = time.perf_counter()
         if args.loss_type in ("clipped", "dppo"):
@@ -516,11 +432,18 @@ class VideoGRPOTrainer(VideoTrainer):
             items = self._video_items(latents, groups, members, advantages, (epoch, number))
         rollout_time += time.perf_counter() - began
         slices = self._slices(items)
-        self._metrics["nfe"].append(float(evaluations * args.world_size))
-        self._metrics["rollout_time"].append(rollout_time)
-        self._metrics["reward_time"].append(reward_time)
+        self.metrics.values["nfe"].append(float(evaluations * args.world_size))
+        self.metrics.values["rollout_time"].append(rollout_time)
+        self.metrics.values["reward_time"].append(reward_time)
         if args.log_completions and self.state.global_step % max(1, int(args.logging_steps)) == 0:
-            self._log_completions(inputs, plans, members, videos, rewards, advantages, extra)
+            worth = video_advantages(plans, advantages)
+            seeds = [
+                draw_seed(args.seed, epoch, number, key[3], 0, int(plans[key[3]].seed[m]))
+                for key, _ in inputs
+                for m in members[key[3]]
+            ]
+            rows = [(key[3], m, row["prompt"]) for key, row in inputs for m in members[key[3]]]
+            self._completions = log_completions(self, self._completions, rows, seeds, videos, rewards, worth, extra)
         return slices
 
     def _place_experts(self, device: torch.device | str) -> None:
@@ -548,7 +471,7 @@ class VideoGRPOTrainer(VideoTrainer):
         args = self.args
         keys, values, competition = [], [], []
         for group, plan in enumerate(plans):
-            for step, _, children in _decided(plan):
+            for step, _, children in credited(plan):
                 for child in children:
                     for tail in sorted({int(plan.tail[m]) for m in child}):
                         below = [m for m in child if int(plan.tail[m]) == tail]
@@ -563,7 +486,7 @@ class VideoGRPOTrainer(VideoTrainer):
             table, self.rewards.weights, ids, scale=args.scale_rewards, clip=args.advantage_clip,
             aggregation="advantage" if args.multi_objective_aggregation == "normalize_then_sum" else "reward",
         )  # fmt: skip
-        self._metrics["frac_reward_zero_std"].append(zero_std_groups(table, ids).float().mean().item())
+        self.metrics.values["frac_reward_zero_std"].append(zero_std_groups(table, ids).float().mean().item())
         advantages: dict[tuple[int, int, int], float] = defaultdict(float)
         for key, advantage in zip(keys, flat.tolist(), strict=True):
             advantages[key] += advantage
@@ -775,7 +698,9 @@ class VideoGRPOTrainer(VideoTrainer):
         else:
             loss, ratio, kl = self._decision_loss(inputs, velocity, v_ref, x, sigma, advantages, child)
         total = (weight * loss).sum() + args.beta * (kl_weight * kl).sum()
-        self._watch(inputs, velocity, ratio, kl, weight, advantages)
+        if bool((weight > 0).any()):
+            self._last_ratio_deviation = float((ratio.detach()[weight > 0] - 1).abs().max())
+            self.metrics.policy(args, [item.step for item in inputs], velocity, ratio, kl, weight, advantages)
         return (total, {"ratio": ratio, "kl": kl}) if return_outputs else total
 
     def _decision_loss(self, inputs, velocity, v_ref, x, sigma, advantages, child) -> tuple[Tensor, Tensor, Tensor]:
@@ -842,7 +767,7 @@ class VideoGRPOTrainer(VideoTrainer):
             total += loss.detach()
         self._update_time += time.perf_counter() - began
         if (micro_step + 1) % (args.steps_per_generation * args.num_iterations) == 0:
-            self._metrics["update_time"].append(self._update_time)
+            self.metrics.values["update_time"].append(self._update_time)
             self._update_time = 0.0
         return total
 
@@ -859,106 +784,9 @@ class VideoGRPOTrainer(VideoTrainer):
                 "autocast that differs between rollout and update"
             )
 
-    # ---- What is logged ----
-
-    def _watch(self, inputs, velocity, ratio, kl, weight, advantages) -> None:
-        """Metrics of a micro-batch, kept on the device until they are logged."""
-        counted = weight > 0
-        if not bool(counted.any()):
-            return
-        ratio = ratio.detach()[counted]
-        self._last_ratio_deviation = float((ratio - 1).abs().max())
-        args, metrics = self.args, self._metrics
-        high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-        metrics["ratio/mean"].append(ratio.mean())
-        if args.loss_type in ("clipped", "awm"):
-            a = advantages[counted]
-            low_clipped, high_clipped = (ratio < 1 - args.epsilon) & (a < 0), (ratio > 1 + high) & (a > 0)
-            metrics["clip_ratio/low_mean"].append(low_clipped.float().mean())
-            metrics["clip_ratio/high_mean"].append(high_clipped.float().mean())
-            metrics["clip_ratio/region_mean"].append((low_clipped | high_clipped).float().mean())
-        if args.beta > 0:
-            metrics["kl"].append(kl.detach()[counted].mean())
-        if inputs[0].decision is not None and velocity.requires_grad:
-            steps = [item.step for item in inputs]
-
-            def norms(gradient: Tensor) -> None:
-                for step, norm in zip(steps, gradient.float().flatten(1).norm(dim=1), strict=True):
-                    metrics[f"grad_norm/step_{step}"].append(norm)
-
-            velocity.register_hook(norms)
-
-    def _log_rewards(self, rewards: Tensor) -> None:
-        for i, name in enumerate(self.rewards.names):
-            column = rewards[..., i]
-            self._metrics[f"rewards/{name}/mean"].append(column.nanmean().item())
-            self._metrics[f"rewards/{name}/std"].append(_nanstd(column.flatten()).item())
-        total = (rewards * self.rewards.weights).nansum(-1)  # (P, G)
-        self._metrics["reward"].append(total.mean().item())
-        self._metrics["reward_std"].append(total.std(1).mean().item())
-
-    def _log_completions(self, inputs, plans, members, videos, rewards, advantages, extra) -> None:
-        """Files, table and trackers; see [`~vidtrl.trainer.completions.CompletionLog`]."""
-        args = self.args
-        epoch, number = inputs[0][0][:2]
-        rows = [
-            (
-                key[3],
-                member,
-                row["prompt"],
-                draw_seed(args.seed, epoch, number, key[3], 0, int(plans[key[3]].seed[member])),
-            )
-            for key, row in inputs
-            for member in members[key[3]]
-        ]
-        local = [
-            {
-                "group": group, "member": member, "prompt": prompt, "seed": seed, "video": video.cpu(),
-                "extra": {name: values[i] for name, values in extra.items() if i < len(values)},
-            }
-            for i, ((group, member, prompt, seed), video) in enumerate(zip(rows, videos, strict=True))
-        ]  # fmt: skip
-        everything = gather_object(local)
-        if not self.is_world_process_zero():
-            return
-        worth: dict[tuple[int, int], list[float]] = defaultdict(list)  # of everything that was drawn for the video
-        for group, plan in enumerate(plans):
-            for step, _, children in _decided(plan):
-                for child in children:
-                    for member in child:
-                        worth[group, member].append(advantages[group, step, child[0]])
-        if self._completions is None:
-            self._completions = CompletionLog(
-                args.output_dir, args.num_completions_to_print, args.log_unique_prompts, args.log_completions_hub_repo,
-                fps=self.validation_fps(), hub_token=args.hub_token, hub_private_repo=args.hub_private_repo,
-            )  # fmt: skip
-        self._completions.write(
-            step=self.state.global_step,
-            prompts=[item["prompt"] for item in everything],
-            videos=[item["video"] for item in everything],
-            rewards={
-                name: [rewards[item["group"], item["member"], i].item() for item in everything]
-                for i, name in enumerate(self.rewards.names)
-            },
-            advantages=[_mean(worth[item["group"], item["member"]]) for item in everything],
-            seeds=[item["seed"] for item in everything],
-            extra={
-                name: [item["extra"].get(name) for item in everything]
-                for name in dict.fromkeys(name for item in everything for name in item["extra"])
-            },
-            report_to=args.report_to,
-            callbacks=self.callback_handler.callbacks,
-        )
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            local = {name: [float(v) for v in values] for name, values in self._metrics.items()}
-            merged: dict[str, list[float]] = defaultdict(list)
-            for one in gather_object([local]):
-                for name, values in one.items():
-                    merged[name] += values
-            logs |= {name: sum(merged[name]) / len(merged[name]) for name in sorted(merged) if merged[name]}
-            self._metrics.clear()
+            logs |= self.metrics.collect()
         super().log(logs, start_time)
 
     # ---- Evaluation: the pipeline's own solver, fixed seeds, and rewards that training never sees ----
@@ -1014,27 +842,13 @@ class VideoGRPOTrainer(VideoTrainer):
         metrics = {}
         for i, name in enumerate(self.eval_rewards.names):
             metrics[f"{metric_key_prefix}_rewards/{name}/mean"] = rewards[:, i].nanmean().item()
-            metrics[f"{metric_key_prefix}_rewards/{name}/std"] = _nanstd(rewards[:, i]).item()
+            metrics[f"{metric_key_prefix}_rewards/{name}/std"] = nanstd(rewards[:, i]).item()
         trained = rewards[:, : len(self.rewards.names)]
         metrics[f"{metric_key_prefix}_reward"] = (trained * self.rewards.weights).nansum(-1).mean().item()
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
-
-
-def _nanstd(values: Tensor) -> Tensor:
-    known = values[~values.isnan()]
-    return known.std() if len(known) > 1 else torch.tensor(0.0)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _decided(plan: Plan) -> list[tuple[int, int, list[list[int]]]]:
-    """What the rewards are credited to: decisions, or the videos themselves (step -1) where none was taken."""
-    return plan.decisions() or [(-1, -1, [[m] for m in range(plan.num_members)])]
 
 
 def _content(item: Item) -> dict:

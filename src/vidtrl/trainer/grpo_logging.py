@@ -1,0 +1,160 @@
+"""What a GRPO run logs: metrics under TRL's names, and the generated videos."""
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from ..diffusion.step_schedules import Plan
+from ..rewards import RewardRunner
+from .completions import CompletionLog
+from .grpo_config import VideoGRPOConfig
+from .grpo_plans import credited
+
+
+if TYPE_CHECKING:
+    from .grpo_trainer import VideoGRPOTrainer
+
+
+class GenerationMetrics:
+    """
+    Values since the last log, by name; what was computed on a device stays there until it is logged.
+
+    Example:
+
+    ```python
+    >>> from vidtrl.trainer.grpo_logging import GenerationMetrics
+
+    >>> metrics = GenerationMetrics()
+    >>> metrics.values["nfe"].append(640.0)
+    ```
+    """
+
+    def __init__(self):
+        self.values: dict[str, list[float | Tensor]] = defaultdict(list)
+
+    def rewards(self, runner: RewardRunner, rewards: Tensor) -> None:
+        """Of a generation, (P, G, R), NaN where a reward does not apply."""
+        for i, name in enumerate(runner.names):
+            column = rewards[..., i]
+            self.values[f"rewards/{name}/mean"].append(column.nanmean().item())
+            self.values[f"rewards/{name}/std"].append(nanstd(column).item())
+        total = (rewards * runner.weights).nansum(-1)  # (P, G)
+        self.values["reward"].append(total.mean().item())
+        self.values["reward_std"].append(total.std(1).mean().item())
+
+    def policy(
+        self,
+        args: VideoGRPOConfig,
+        steps: list[int | None],
+        velocity: Tensor,
+        ratio: Tensor,
+        kl: Tensor,
+        weight: Tensor,
+        advantages: Tensor,
+    ) -> None:
+        """Of a micro-batch: its items' steps and velocities; ratio, divergence, weight and advantage of each child."""
+        counted, values = weight > 0, self.values
+        ratio, a = ratio.detach()[counted], advantages[counted]
+        high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+        values["ratio/mean"].append(ratio.mean())
+        if args.loss_type in ("clipped", "awm"):
+            low_clipped, high_clipped = (ratio < 1 - args.epsilon) & (a < 0), (ratio > 1 + high) & (a > 0)
+            values["clip_ratio/low_mean"].append(low_clipped.float().mean())
+            values["clip_ratio/high_mean"].append(high_clipped.float().mean())
+            values["clip_ratio/region_mean"].append((low_clipped | high_clipped).float().mean())
+        if args.beta > 0:
+            values["kl"].append(kl.detach()[counted].mean())
+        if steps[0] is not None and velocity.requires_grad:
+
+            def norms(gradient: Tensor) -> None:
+                for step, norm in zip(steps, gradient.float().flatten(1).norm(dim=1), strict=True):
+                    values[f"grad_norm/step_{step}"].append(norm)
+
+            velocity.register_hook(norms)
+
+    def collect(self) -> dict[str, float]:
+        """Means over all processes, and start again. Every process must call it."""
+        local = {name: [float(v) for v in values] for name, values in self.values.items()}
+        merged: dict[str, list[float]] = defaultdict(list)
+        for one in gather_object([local]):
+            for name, values in one.items():
+                merged[name] += values
+        self.values.clear()
+        return {name: sum(merged[name]) / len(merged[name]) for name in sorted(merged) if merged[name]}
+
+
+def nanstd(values: Tensor) -> Tensor:
+    """Standard deviation of what is known; 0 of fewer than two."""
+    known = values[~values.isnan()]
+    return known.std() if len(known) > 1 else torch.tensor(0.0)
+
+
+def video_advantages(plans: list[Plan], advantages: dict[tuple[int, int, int], float]) -> dict[tuple[int, int], float]:
+    """{(group, member): mean advantage of everything that was drawn for the video}."""
+    worth: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for group, plan in enumerate(plans):
+        for step, _, children in credited(plan):
+            for child in children:
+                for member in child:
+                    worth[group, member].append(advantages[group, step, child[0]])
+    return {key: sum(values) / len(values) for key, values in worth.items()}
+
+
+def log_completions(
+    trainer: "VideoGRPOTrainer",
+    completions: CompletionLog | None,
+    rows: list[tuple[int, int, str]],
+    seeds: list[int],
+    videos: list[Tensor],
+    rewards: Tensor,
+    worth: dict[tuple[int, int], float],
+    extra: dict[str, list],
+) -> CompletionLog | None:
+    """
+    Bring a generation's videos to the main process, which writes, prints and tracks them.
+
+    Args:
+        trainer ([`VideoGRPOTrainer`]): Whose run it is.
+        completions ([`CompletionLog`], *optional*): From the call before.
+        rows (`list[tuple[int, int, str]]`): (group, member, prompt) of each video here.
+        seeds (`list[int]`): Of its first noise.
+        videos (`list[Tensor]`): (F, 3, H, W) in [0, 1].
+        rewards (`Tensor`): (P, G, R), of all processes.
+        worth (`dict`): From [`video_advantages`].
+        extra (`dict[str, list]`): Columns of `log_extra`.
+
+    Returns:
+        [`CompletionLog`]: On the main process.
+    """
+    args = trainer.args
+    local = [
+        (*row, seed, video.cpu(), {name: values[i] for name, values in extra.items() if i < len(values)})
+        for i, (row, seed, video) in enumerate(zip(rows, seeds, videos, strict=True))
+    ]
+    everything = gather_object(local)
+    if not trainer.is_world_process_zero():
+        return None
+    groups, members, prompts, seeds, videos, columns = (list(column) for column in zip(*everything, strict=True))
+    if completions is None:
+        completions = CompletionLog(
+            args.output_dir, args.num_completions_to_print, args.log_unique_prompts, args.log_completions_hub_repo,
+            fps=trainer.validation_fps(), hub_token=args.hub_token, hub_private_repo=args.hub_private_repo,
+        )  # fmt: skip
+    completions.write(
+        step=trainer.state.global_step,
+        prompts=prompts,
+        videos=videos,
+        rewards={
+            name: [rewards[g, m, i].item() for g, m in zip(groups, members, strict=True)]
+            for i, name in enumerate(trainer.rewards.names)
+        },
+        advantages=[worth[key] for key in zip(groups, members, strict=True)],
+        seeds=seeds,
+        extra={name: [c.get(name) for c in columns] for name in dict.fromkeys(n for c in columns for n in c)},
+        report_to=args.report_to,
+        callbacks=trainer.callback_handler.callbacks,
+    )
+    return completions

@@ -1,0 +1,112 @@
+"""From a configuration to the plan of one group: which steps are stochastic, and who shares what."""
+
+import random
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..diffusion import step_schedules
+from ..diffusion.step_schedules import Plan
+from .grpo_config import VideoGRPOConfig
+
+
+def candidate_steps(args: VideoGRPOConfig, own_steps: list[int]) -> list[int]:
+    """
+    The steps that may be stochastic: inside `sde_range`, and where the denoiser in training is used.
+
+    Raises:
+        `ValueError`: If there is none.
+    """
+    steps = step_schedules.step_range(args.num_inference_steps, tuple(args.sde_range))
+    mine = [i for i in steps if i in own_steps]
+    if not mine:
+        raise ValueError(
+            f"no step of sde_range={args.sde_range} belongs to the expert {args.expert or 'high'!r}; widen it or train the "
+            "other expert"
+        )
+    return mine
+
+
+def draw_plan(args: VideoGRPOConfig, grid: Tensor, own_steps: list[int], iteration: int, rng: random.Random) -> Plan:
+    """
+    Draw the plan of one group.
+
+    Args:
+        args ([`VideoGRPOConfig`]): Its `sde_*` fields.
+        grid (`Tensor`): (T + 1,) the sampler's sigmas.
+        own_steps (`list[int]`): Where the denoiser in training is used.
+        iteration (`int`): Number of the generation, from 0.
+        rng (`random.Random`): The group's own; every process draws the same.
+    """
+    total, members, latents = args.num_inference_steps, args.num_generations, args.latents_per_prompt
+    if args.sde_schedule == "none":
+        return step_schedules.chain_plan(total, members, [], latents)
+    steps = candidate_steps(args, own_steps)
+    if args.sde_schedule == "tree":
+        plan = step_schedules.tree_plan(total, args.tree_splits)
+    elif args.sde_schedule == "branch":
+        chosen = step_schedules.random_steps(steps, args.sde_steps, rng)
+        plan = step_schedules.branch_plan(total, chosen, latents, members // (len(chosen) * latents))
+    elif args.sde_schedule == "granular":
+        branches = members // len(args.granularities)
+        plan = step_schedules.granular_plan(total, rng.choice(steps), branches, args.granularities)
+    elif args.sde_schedule == "merged":
+        spans = step_schedules.merge_steps(grid.tolist(), args.merge_threshold, last=steps[-1] + 1)
+        spans = [span for span in spans if span[0] >= steps[0]]
+        if not spans:
+            raise ValueError(
+                f"no merged step of merge_threshold={args.merge_threshold} lies inside sde_range={args.sde_range}: lower the "
+                "threshold or widen the range"
+            )
+        span = rng.choice(spans)
+        plan = step_schedules.chain_plan(total, members, [span[0]], latents, merged=[span])
+    else:
+        if args.sde_schedule == "single":
+            chosen = [rng.choice(steps)]
+        elif args.sde_schedule == "random":
+            chosen = step_schedules.random_steps(steps, args.sde_steps, rng)
+        elif args.sde_schedule == "window":
+            mode, interval = args.window_mode, args.window_interval
+            chosen = step_schedules.window(steps, args.sde_steps, iteration, mode, interval=interval, rng=rng)
+        else:  # "all"
+            chosen = steps
+        plan = step_schedules.chain_plan(total, members, chosen, latents)
+    return step_schedules.compress_tail(plan, args.tail_ratio) if args.tail_ratio < 1 else plan
+
+
+def check_schedule(args: VideoGRPOConfig, grid: Tensor, own_steps: list[int], kernel: Callable) -> None:
+    """
+    Fail at start-up, not in the middle of a run, where the schedule is impossible or the kernel is singular.
+
+    Args:
+        args ([`VideoGRPOConfig`]), grid (`Tensor`), own_steps (`list[int]`): As in [`draw_plan`].
+        kernel (`Callable`): (x, velocity, sigma, sigma_next) -> `Transition`.
+
+    Raises:
+        `ValueError`: With the field to change.
+    """
+    if args.sde_schedule == "none":
+        return
+    steps, point = candidate_steps(args, own_steps), torch.zeros(1, 1)
+    if args.sde_schedule == "tree":
+        mine = [i for i in own_steps if i < args.num_inference_steps - 1]  # the last step of all leads to sigma 0
+        if outside := sorted(set(args.tree_splits) - set(mine)):
+            raise ValueError(
+                f"tree_splits={args.tree_splits}: steps {outside} lie outside the schedule of the model in training, steps "
+                f"{mine[0]} to {mine[-1]}; change tree_splits or num_inference_steps"
+            )
+        steps = args.tree_splits
+    draw_plan(args, grid, own_steps, 0, random.Random(0))
+    for step in steps:
+        std = float(kernel(point, point, float(grid[step]), float(grid[step + 1])).std)
+        if not 0 < std < float("inf"):
+            raise ValueError(
+                f"transition={args.transition!r} with noise_level={args.noise_level} draws no usable noise at step {step} "
+                f"(standard deviation {std:g}): change noise_level"
+            )
+
+
+def credited(plan: Plan) -> list[tuple[int, int, list[list[int]]]]:
+    """What the rewards are credited to: decisions, or the videos themselves (step -1) where none was taken."""
+    return plan.decisions() or [(-1, -1, [[m] for m in range(plan.num_members)])]
