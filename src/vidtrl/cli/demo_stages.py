@@ -127,7 +127,7 @@ def load_fused(base: str, adapter: Path):
     import torch
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
     pipe.load_lora_weights(adapter)
     pipe.fuse_lora()
     pipe.unload_lora_weights()

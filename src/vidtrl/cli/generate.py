@@ -38,7 +38,7 @@ def write_mp4(path: Path, frames, fps: int, crf: int) -> None:
 
 def load(pipeline: str, loras: list[str]) -> DiffusionPipeline:
     """The base pipeline with these adapters stacked, all of them active."""
-    pipe = DiffusionPipeline.from_pretrained(pipeline, torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(pipeline, dtype=torch.float32)
     names = [f"stage_{i + 1}" for i in range(len(loras))]
     for folder, name in zip(loras, names, strict=True):
         pipe.load_lora_weights(folder, adapter_name=name)
