@@ -25,10 +25,10 @@ CASES = {
     "reused": dict(recipe="longcat", per_device_train_batch_size=12, reuse_rollout=True),
     # one prompt for each process: the second has nothing to learn in the first generation, the first in the second
     "idle": dict(rewards="only_some", shuffle_dataset=False),
-    # the same in four slices, of which some are empty; processes exchange gradients with the last one
+    # the same in four slices for two decisions: the first and the last, with which gradients are exchanged, are empty
     "idle slices": dict(
         rewards="only_some", shuffle_dataset=False, per_device_train_batch_size=2, gradient_accumulation_steps=4,
-        recipe="branch-grpo", tree_splits=[0, 2],
+        recipe="tempflow-grpo", num_latents=2,
     ),
 }  # fmt: skip
 
