@@ -103,7 +103,8 @@ def run(name: str, seed: int, budget: int, points: int, output: Path) -> dict:
     trainer.train()
     log = [{k: h[k] for k in ("step", "reward", "grad_norm", "nfe") if k in h} for h in trainer.state.log_history]
     seconds = time.perf_counter() - start
-    return {"recipe": name, "seed": seed, "seconds": round(seconds), "curve": watch.curve, "log": log, "options": options}
+    key = {"recipe": name, "seed": seed, "budget": budget, "options": options}
+    return {**key, "seconds": round(seconds), "curve": watch.curve, "log": log}
 
 
 def summary(runs: list[dict]) -> dict:
@@ -167,14 +168,15 @@ if __name__ == "__main__":
     known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     for seed in args.seeds:
         for name in args.recipes:
-            if args.plot or any((r["recipe"], r["seed"]) == (name, seed) for r in known):
+            key = {"recipe": name, "seed": seed, "budget": args.evaluations, "options": {"recipe": name, **RECIPES[name]}}
+            if args.plot or any(key.items() <= r.items() for r in known):
                 continue
             known.append(run(name, seed, args.evaluations, args.points, args.output))
             with open(file, "a") as out:
                 out.write(json.dumps(known[-1]) + "\n")
             first, last = known[-1]["curve"][0], known[-1]["curve"][-1]
             print(f"{name} seed {seed}: {known[-1]['seconds']} s, {last['step']} updates, reward {first['reward']:.3f} -> {last['reward']:.3f}, all {first['all']:.3f} -> {last['all']:.3f}", flush=True)  # fmt: skip
-    chosen = [r for r in known if r["recipe"] in args.recipes]
+    chosen = [r for r in known if r["recipe"] in args.recipes and r["budget"] == args.evaluations]
     table = summary(chosen)
     (args.docs / "toy_rl.json").write_text(json.dumps(table, indent=2) + "\n")
     plot(chosen, args.docs / "toy_rl.png")
