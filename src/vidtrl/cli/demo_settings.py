@@ -84,4 +84,4 @@ class DemoSettings:
     fps: int = 8
     max_sequence_length: int = 16
     num_inference_steps: int = 20
-    guidance_scale: float = 2.0
+    guidance_scale: float = 1.0
