@@ -39,6 +39,7 @@ SMALL = dataclasses.replace(
         "eval_steps": 2,
         "save_steps": 1,
         "learning_rate": 2e-2,
+        "reward_weights": [1.0, 1.0],
     },
     rewards=("colorfulness", "temporal-smoothness"),  # noise of a random model shows no shape that could be right
     num_eval_prompts=2,
