@@ -76,7 +76,8 @@ def test_demo_leaves_everything_it_promises(finished):
     assert all(len(set(clips)) == 3 for clips in zip(*sides, strict=True))
     html = (folder / "report.html").read_text()
     assert html.count("data:video/mp4;base64,") == 12 and "SFT: held-out loss by noise level" in html
-    assert "GRPO: reward in training" in html and "toy-presence (never trained on)" in html
+    for title in ("GRPO: reward", "GRPO: each reward in training", "GRPO: never trained on"):
+        assert f'aria-label="{title}: mean reward over update"' in html
     assert "the recipe diffusion-nft for 4 updates" in html and "never trained on: toy-presence went from" in html
     assert not list(folder.rglob("*.partial"))
 
@@ -170,7 +171,7 @@ def test_interrupted_grpo_goes_on_bit_exactly_and_stacks(finished, base, tmp_pat
 
 def test_other_runs_and_other_folders_are_refused(finished, base, tmp_path, capsys):
     folder, _ = finished
-    with pytest.raises(UserError, match="another seed, base or version"):
+    with pytest.raises(UserError, match="another seed, base, version or settings"):
         run_demo(folder, seed=4, base=base, settings=SMALL, console=QUIET)
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="is not empty and holds no demo"):

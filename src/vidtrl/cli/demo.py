@@ -89,7 +89,9 @@ def _claim(output: Path, identity: dict) -> None:
     marker = output / "demo.json"
     if marker.is_file():
         if json.loads(marker.read_text()) != json.loads(json.dumps(identity)):
-            raise UserError(f"{output} holds a demo with another seed, base or version: choose another --output")
+            raise UserError(
+                f"{output} holds a demo with another seed, base, version or settings: choose another --output"
+            )
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not empty and holds no demo: choose another --output")

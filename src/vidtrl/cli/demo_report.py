@@ -78,9 +78,11 @@ def recipe_note(results: dict, output: Path) -> str:
     for name in settings["watched_rewards"]:
         values = [entry[f"eval_rewards/{name}/mean"] for entry in evals]
         watched.append(f"{name} went from {values[0]:.2f} to {values[-1]:.2f}")
+    weights = settings["grpo"].get("reward_weights") or [1.0] * len(settings["rewards"])
+    rewards = " + ".join(f"{weight:.2g} {name}" for weight, name in zip(weights, settings["rewards"], strict=True))
     return (
         f"The GRPO stage ran the recipe {settings['grpo']['recipe']} for {settings['grpo']['max_steps']} updates on "
-        f"{' + '.join(settings['rewards'])}. Measured and never trained on: {', '.join(watched) or 'nothing'}. "
+        f"{rewards}. Measured and never trained on: {', '.join(watched) or 'nothing'}. "
         "Why this recipe at this scale: docs/grpo_trainer.md."
     )
 
@@ -168,25 +170,28 @@ def sft_charts(state_file: Path) -> list:
 
 
 def grpo_charts(state_file: Path, settings: dict) -> list:
-    """Reward curves: of the videos in training, and of fixed prompts and seeds with the rewards never trained on."""
+    """Reward curves: what is trained on, in training and on fixed prompts, each part of it, and what only is watched."""
     from ..report import Chart
 
     log = json.loads(state_file.read_text())["log_history"]
 
-    def curves(prefix: str, names) -> dict:
-        series = {name: [(e["step"], e[key]) for e in log if (key := f"{prefix}/{name}/mean") in e] for name in names}
-        return {name: points for name, points in series.items() if points}
+    def curves(names: dict[str, str]) -> dict:
+        """Title -> points, of {title: key in the log}."""
+        series = {
+            title: [(entry["step"], entry[key]) for entry in log if key in entry] for title, key in names.items()
+        }
+        return {title: points for title, points in series.items() if points}
 
-    trained, watched = list(settings["rewards"]), list(settings["watched_rewards"])
-    total = [(entry["step"], entry["reward"]) for entry in log if "reward" in entry]
-    total = {"sum": total} if total and len(trained) > 1 else {}
-    held_out = curves("eval_rewards", trained)
-    held_out |= {f"{name} (never trained on)": points for name, points in curves("eval_rewards", watched).items()}
+    total = curves({"training videos": "reward", "fixed prompts": "eval_reward"})
+    parts = curves({name: f"rewards/{name}/mean" for name in settings["rewards"]})
+    watched = curves({name: f"eval_rewards/{name}/mean" for name in settings["watched_rewards"]})
     charts = []
     for title, series, note in (
-        ("GRPO: reward in training", total | curves("rewards", trained), "Mean over the videos of each update."),
-        ("GRPO: rewards of fixed prompts", held_out, "Fixed noise, the pipeline's own solver."),
+        ("GRPO: reward", total, "Weighted sum; of the fixed prompts with fixed noise and the weight average."),
+        ("GRPO: each reward in training", parts, "Mean over the videos of each update."),
+        ("GRPO: never trained on", watched, "Fixed prompts and noise. Falls where a reward is gamed."),
     ):
-        if series:
-            charts.append(Chart(title, dict(list(series.items())[:4]), "update", "mean reward", note))
+        for start in range(0, len(series), 4):  # a chart shows four at most
+            part = dict(list(series.items())[start : start + 4])
+            charts.append(Chart(title, part, "update", "mean reward", note))
     return charts
