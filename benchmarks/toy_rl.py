@@ -91,9 +91,7 @@ def run(name: str, seed: int, budget: int, points: int, output: Path) -> dict:
         save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, **options,
     )  # fmt: skip
     # the VAE in bfloat16 decodes almost twice as fast
-    pipe = WanPipeline.from_pretrained(
-        pipeline_path(), dtype={"vae": torch.bfloat16, "default": torch.float32}
-    )
+    pipe = WanPipeline.from_pretrained(pipeline_path(), dtype={"vae": torch.bfloat16, "default": torch.float32})
     trainer = VideoGRPOTrainer(
         pipe, list(REWARDS), args, callbacks=[watch],
         train_dataset=Dataset.from_dict({"prompt": captions()}), peft_config=LoraConfig(r=32, lora_alpha=32),
@@ -135,13 +133,19 @@ def plot(runs: list[dict], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     names = list(dict.fromkeys(r["recipe"] for r in runs))
-    for axis, metric, label in zip(axes, ("reward", "all"), ("held-out reward", "all three attributes right"), strict=True):
+    for axis, metric, label in zip(
+        axes, ("reward", "all"), ("held-out reward", "all three attributes right"), strict=True
+    ):
         for i, name in enumerate(names):
             curves = [r["curve"] for r in runs if r["recipe"] == name]
             for curve in curves:
-                axis.plot([p["evaluations"] / 1000 for p in curve], [p[metric] for p in curve], color=f"C{i}", alpha=0.2)
+                axis.plot(
+                    [p["evaluations"] / 1000 for p in curve], [p[metric] for p in curve], color=f"C{i}", alpha=0.2
+                )
             points = range(min(len(c) for c in curves))
-            mean = lambda key, points=points, curves=curves: [sum(c[j][key] for c in curves) / len(curves) for j in points]  # noqa: E731, E501
+            mean = lambda key, points=points, curves=curves: [
+                sum(c[j][key] for c in curves) / len(curves) for j in points
+            ]  # noqa: E731, E501
             axis.plot([e / 1000 for e in mean("evaluations")], mean(metric), color=f"C{i}", label=name, linewidth=2)
         axis.set_xlabel("thousand denoiser evaluations (forward 1, backward 2)")
         axis.set_ylabel(label)
@@ -168,7 +172,12 @@ if __name__ == "__main__":
     known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     for seed in args.seeds:
         for name in args.recipes:
-            key = {"recipe": name, "seed": seed, "budget": args.evaluations, "options": {"recipe": name, **RECIPES[name]}}
+            key = {
+                "recipe": name,
+                "seed": seed,
+                "budget": args.evaluations,
+                "options": {"recipe": name, **RECIPES[name]},
+            }
             if args.plot or any(key.items() <= r.items() for r in known):
                 continue
             known.append(run(name, seed, args.evaluations, args.points, args.output))
@@ -181,5 +190,8 @@ if __name__ == "__main__":
     (args.docs / "toy_rl.json").write_text(json.dumps(table, indent=2) + "\n")
     plot(chosen, args.docs / "toy_rl.png")
     for name, row in table.items():
-        cells = [f"{m} {row[m]['start']:.3f} {row[m]['gain']:+.3f} [{row[m]['low']:+.3f}, {row[m]['high']:+.3f}]" for m in ("reward", "all", "smoothness")]  # noqa: E501
+        cells = [
+            f"{m} {row[m]['start']:.3f} {row[m]['gain']:+.3f} [{row[m]['low']:+.3f}, {row[m]['high']:+.3f}]"
+            for m in ("reward", "all", "smoothness")
+        ]  # noqa: E501
         print(f"{name:24s} {row['updates']:5.0f} updates  " + "  ".join(cells))

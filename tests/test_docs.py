@@ -18,7 +18,7 @@ SMALL = {  # what a reader would change to run the same program on a laptop
     "num_frames=81": "num_frames=17",
     "fps=16, max_steps=1000": "fps=8, max_sequence_length=16, per_device_train_batch_size=2, use_cpu=True, max_steps=2",
     "gradient_accumulation_steps=8": "gradient_accumulation_steps=1",
-    "learning_rate=1e-4, max_steps=300": "max_sequence_length=16, num_inference_steps=3, use_cpu=True, max_steps=1",
+    "max_steps=300": "max_sequence_length=16, num_inference_steps=3, use_cpu=True, max_steps=1",
     '.to("cuda")': "",
     "torch.bfloat16": "torch.float32",
 }
