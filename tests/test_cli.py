@@ -342,6 +342,8 @@ def test_ctrl_c_exits_130_with_a_hint(config, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env=ENV,
+        # a suite that runs in the background ignores Ctrl-C, and its children would inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "out" / "checkpoint-1").is_dir():

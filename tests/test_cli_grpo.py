@@ -309,7 +309,15 @@ def test_ctrl_c_exits_130_and_the_same_command_goes_on_bit_for_bit(config, tmp_p
     changes = dict(reward_funcs=["temporal-smoothness"], ema_decay=0, lr_scheduler_type="constant")
     path = config(max_steps=100_000, **changes)
     command = [sys.executable, "-m", "vidtrl.cli.main", "grpo", "--config", path]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENV,
+        # a suite that runs in the background ignores Ctrl-C, and its children would inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "out" / "checkpoint-1").is_dir():
         assert process.poll() is None and time.monotonic() < deadline
