@@ -1,5 +1,6 @@
 """Do the recipes learn? Six of them on the toy, at equal denoiser evaluations, several seeds, from the same start.
 
+    pip install -e '.[benchmarks]'                            # for the picture
     python benchmarks/toy_rl.py                               # all, about an hour on one CPU core
     python benchmarks/toy_rl.py --recipes flash-grpo --seeds 0 1 --evaluations 20000
     python benchmarks/toy_rl.py --plot                        # only the table and the picture, from runs.jsonl
