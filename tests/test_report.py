@@ -114,7 +114,8 @@ def test_verdict_follows_the_interval():
     assert verdict(0.2, 0.1, 0.3) == "better"
     assert verdict(0.2, 0.1, 0.3, higher_is_better=False) == "worse"
     assert verdict(-0.2, -0.3, -0.1, higher_is_better=False) == "better"
-    assert verdict(0.2, -0.1, 0.5) == "unclear"
+    assert verdict(0.2, -0.1, 0.5) == "unclear" and verdict(0, -0.1, 0.1) == "unclear"
+    assert verdict(0, 0, 0) == "equal"
 
 
 def test_each_change_stands_under_its_model(report):

@@ -47,8 +47,11 @@ class Metric:
         return ("+" if value > 0 else "") + self.show(value).removesuffix("\N{NO-BREAK SPACE}%")
 
     def verdict(self, model: str) -> str:
-        """Of a model against the one before it: `"better"`, `"worse"`, or `"unclear"` when the interval holds 0."""
+        """Of a model against the one before it: `"better"`, `"worse"`, `"equal"` in every pair, or `"unclear"` when the
+        interval holds 0."""
         difference = self.differences[model]
+        if difference.value == difference.low == difference.high == 0:
+            return "equal"
         if difference.low <= 0 <= difference.high:
             return "unclear"
         return "better" if (difference.value > 0) == self.higher_is_better else "worse"
