@@ -116,11 +116,11 @@ def summary(runs: list[dict]) -> dict:
         row["updates"] = sum(r["curve"][-1]["step"] for r in mine) / len(mine)
         for metric in ("reward", "all", "smoothness", "flicker", "present"):
             gains = torch.tensor([r["curve"][-1][metric] - r["curve"][0][metric] for r in mine], dtype=torch.float64)
-            half = t.get(len(mine), 2.0) * gains.std().item() / len(mine) ** 0.5 if len(mine) > 1 else float("nan")
-            row[metric] = {
-                "start": sum(r["curve"][0][metric] for r in mine) / len(mine),
-                "gain": gains.mean().item(), "low": gains.mean().item() - half, "high": gains.mean().item() + half,
-            }  # fmt: skip
+            gain = gains.mean().item()
+            row[metric] = {"start": sum(r["curve"][0][metric] for r in mine) / len(mine), "gain": gain}
+            if len(mine) > 1:  # one seed has no interval
+                half = t.get(len(mine), 2.0) * gains.std().item() / len(mine) ** 0.5
+                row[metric] |= {"low": gain - half, "high": gain + half}
         table[name] = row
     return table
 
@@ -144,10 +144,10 @@ def plot(runs: list[dict], path: Path) -> None:
                     [p["evaluations"] / 1000 for p in curve], [p[metric] for p in curve], color=f"C{i}", alpha=0.2
                 )
             points = range(min(len(c) for c in curves))
-            mean = lambda key, points=points, curves=curves: [
-                sum(c[j][key] for c in curves) / len(curves) for j in points
-            ]  # noqa: E731, E501
-            axis.plot([e / 1000 for e in mean("evaluations")], mean(metric), color=f"C{i}", label=name, linewidth=2)
+            mean = {
+                key: [sum(c[j][key] for c in curves) / len(curves) for j in points] for key in ("evaluations", metric)
+            }
+            axis.plot([e / 1000 for e in mean["evaluations"]], mean[metric], color=f"C{i}", label=name, linewidth=2)
         axis.set_xlabel("thousand denoiser evaluations (forward 1, backward 2)")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
@@ -191,8 +191,8 @@ if __name__ == "__main__":
     (args.docs / "toy_rl.json").write_text(json.dumps(table, indent=2) + "\n")
     plot(chosen, args.docs / "toy_rl.png")
     for name, row in table.items():
-        cells = [
-            f"{m} {row[m]['start']:.3f} {row[m]['gain']:+.3f} [{row[m]['low']:+.3f}, {row[m]['high']:+.3f}]"
-            for m in ("reward", "all", "smoothness")
-        ]  # noqa: E501
+        cells = []
+        for metric in ("reward", "all", "smoothness"):
+            interval = f" [{row[metric]['low']:+.3f}, {row[metric]['high']:+.3f}]" if row["seeds"] > 1 else ""
+            cells.append(f"{metric} {row[metric]['start']:.3f} {row[metric]['gain']:+.3f}{interval}")
         print(f"{name:24s} {row['updates']:5.0f} updates  " + "  ".join(cells))
