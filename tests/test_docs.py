@@ -28,13 +28,15 @@ SMALL = {  # what a reader would change to run the same program on a laptop
 def test_snippets_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     toy.write_dataset(tmp_path / "clips", num_clips=4)
-    names = {"__name__": "snippet"}
+    names, ran = {"__name__": "snippet"}, 0
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         if ">>>" in block:
             continue
         for big, small in SMALL.items():
             block = block.replace(big, small)
         exec(compile(block, f"{page.name}", "exec"), names)
+        ran += 1
+    assert ran
 
 
 def test_links_point_at_files():

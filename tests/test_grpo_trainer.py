@@ -486,6 +486,9 @@ def test_checkpoint_of_another_recipe_is_refused(tmp_path):
     fewer = make_trainer(tmp_path / "fewer", rows=dataset(3))
     with pytest.raises(ValueError, match="num_prompts: this run has 3, the directory has 4"):
         fewer.train(resume_from_checkpoint=checkpoint)
+    reworded = dataset(4).map(lambda row: {"prompt": row["prompt"] + " slowly"})
+    with pytest.raises(ValueError, match="sha256 of prompts"):
+        make_trainer(tmp_path / "reworded", rows=reworded).train(resume_from_checkpoint=checkpoint)
 
 
 def test_average_is_what_is_held_after_training(tmp_path):

@@ -38,10 +38,8 @@ class VidtrlParser(TrlParser):
         kinds = {name: kind for one in dataclass_types or () for name, kind in get_type_hints(one).items()}
         for action in self._actions:
             if kinds.get(action.dest) == bool | None and action.nargs is None:
-                action.nargs, action.const = (
-                    "?",
-                    True,
-                )  # `--bf16` alone, although its default is neither True nor False
+                # `--bf16` alone, although its default is neither True nor False
+                action.nargs, action.const = "?", True
 
     def error(self, message: str):
         """argparse would print a usage of two hundred options first."""

@@ -171,7 +171,9 @@ class VideoTrainer(Trainer):
         self.average = WeightAverage(self.model, args.ema_decay) if args.ema_decay is not None else None
         if self.average is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError("ema_decay does not work with sharded weights (FSDP, DeepSpeed); leave it unset")
+                raise ValueError(
+                    "ema_decay does not work with sharded weights (FSDP, DeepSpeed); leave it unset, or set it to 0 if a recipe fills it"
+                )
             self.add_callback(EMACallback(self.average))
         # the Trainer's TensorBoard callback needs a transformers configuration
         tensorboard = self.pop_callback(TensorBoardCallback)

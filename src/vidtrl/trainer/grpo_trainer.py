@@ -16,7 +16,9 @@ Left out: learned rewards' gradients (ReFL), per-token entropy terms, rollout en
 """
 
 import contextlib
+import hashlib
 import inspect
+import json
 import os
 import random
 import time
@@ -27,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -41,6 +43,7 @@ from ..diffusion.step_schedules import Plan
 from ..diffusion.transitions import Transition, timestep_weight, transition
 from ..models import Condition
 from ..rewards import RewardRunner
+from ..rewards.runner import RewardHandle
 from ..rollout.branching import Decision, rollout
 from ..rollout.sampling import guided_velocity
 from .base_trainer import VideoTrainer
@@ -51,7 +54,7 @@ from .ema import WeightAverage
 from .grpo_config import VideoGRPOConfig
 from .grpo_logging import GenerationMetrics, log_completions, nanstd, video_advantages
 from .grpo_plans import check_schedule, credited, draw_plan
-from .prompt_batches import GenerationSampler, PromptRows
+from .prompt_batches import GenerationSampler, PromptRows, as_given
 
 
 logger = logging.get_logger(__name__)
@@ -155,7 +158,7 @@ class VideoGRPOTrainer(VideoTrainer):
             raise TypeError(f"args must be a VideoGRPOConfig, not {type(args).__name__}")
         if train_dataset is None:
             raise ValueError("train_dataset is required: a datasets.Dataset with the column prompt")
-        if peft_config is not None and getattr(peft_config, "lora_dropout", 0.0):
+        if isinstance(peft_config, LoraConfig) and peft_config.lora_dropout:
             raise ValueError("lora_dropout must be 0: rollout and update have to see the same policy")
         runner = {"timeout": args.reward_timeout, "on_error": args.reward_error}
         self.rewards = RewardRunner(reward_funcs, weights=args.reward_weights, **runner)
@@ -176,11 +179,14 @@ class VideoGRPOTrainer(VideoTrainer):
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
-            data_collator=lambda rows: rows,
+            data_collator=as_given,
         )
-        forward = args.loss_type in ("nft", "awm")
         # roles on the one base: a set of trainable weights each, saved with every checkpoint
-        if forward:
+        if args.loss_type in ("nft", "awm"):
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    f"loss_type={args.loss_type!r} keeps an old policy, which does not work with sharded weights"
+                )
             self.roles["old"] = WeightAverage(self.model, decay=0.5)
         if args.beta > 0 and (args.sync_ref_model or not isinstance(self._unwrapped(), PeftModel)):
             if args.reuse_rollout:
@@ -241,7 +247,8 @@ class VideoGRPOTrainer(VideoTrainer):
 
     def data_summary(self) -> dict:
         """What decides which prompts each generation sees."""
-        return {"num_prompts": len(self.train_dataset)}
+        digest = hashlib.sha256(json.dumps(self.train_dataset["prompt"][:]).encode())
+        return {"num_prompts": len(self.train_dataset), "sha256 of prompts": digest.hexdigest()[:16]}
 
     def _identity(self) -> dict:
         return {**super()._identity(), "method": {"recipe": self.args.recipe, "loss_type": self.args.loss_type}}
@@ -401,12 +408,7 @@ class VideoGRPOTrainer(VideoTrainer):
                     decision.group = groups[start + decision.group]
                 decisions += result.decisions
                 rows = [inputs[i][1] for i in part for _ in members[groups[i]]]
-                handles.append(self.rewards.submit(
-                    prompts=[row["prompt"] for row in rows],
-                    videos=decoded,
-                    columns={n: [row[n] for row in rows] for n in rows[0] if n not in ("prompt", "image")},
-                    trainer_state=self.state,
-                ))  # fmt: skip
+                handles.append(self._submit(self.rewards, rows, decoded))
         self._place_experts("cpu")
 
         local, extra = [], defaultdict(list)
@@ -445,6 +447,15 @@ class VideoGRPOTrainer(VideoTrainer):
             rows = [(key[3], m, row["prompt"]) for key, row in inputs for m in members[key[3]]]
             self._completions = log_completions(self, self._completions, rows, seeds, videos, rewards, worth, extra)
         return slices
+
+    def _submit(self, runner: RewardRunner, rows: list[dict], videos: list[Tensor]) -> RewardHandle:
+        """Hand videos and their rows of the dataset to the reward functions."""
+        return runner.submit(
+            prompts=[row["prompt"] for row in rows],
+            videos=videos,
+            columns={name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "image")},
+            trainer_state=self.state,
+        )
 
     def _place_experts(self, device: torch.device | str) -> None:
         """A rollout needs both denoisers of a two-expert model; otherwise only the trained one is on the device."""
@@ -530,9 +541,8 @@ class VideoGRPOTrainer(VideoTrainer):
             # a child whose members are on several processes is trained once, where its first member is
             mine = [d.step in chosen[d.group, m] and child[0] == m for m, child in zip(first, d.children, strict=True)]
             weight = torch.tensor([scale[d.step, target] * trained for trained in mine])
-            kl_weight = (
-                weight**2 if args.timestep_weighting == "longcat" else weight
-            )  # as LongCat scales its divergence
+            # LongCat scales its divergence by the square
+            kl_weight = weight**2 if args.timestep_weighting == "longcat" else weight
             items.append(Item(d.group, worth, weight, kl_weight, decision=d))
         return items
 
@@ -830,12 +840,7 @@ class VideoGRPOTrainer(VideoTrainer):
                 **guidance,
             )
         self._place_experts("cpu")
-        handle = self.eval_rewards.submit(
-            prompts=[row["prompt"] for row in rows],
-            videos=[video.to(args.device) for video in videos],
-            columns={n: [row[n] for row in rows] for n in rows[0] if n not in ("prompt", "image")},
-            trainer_state=self.state,
-        )
+        handle = self._submit(self.eval_rewards, rows, [video.to(args.device) for video in videos])
         local = self.eval_rewards.collect(handle).to(args.device)
         gathered = self.accelerator.gather(local).view(args.world_size, len(mine), -1).transpose(0, 1)
         rewards = gathered.flatten(0, 1)[:total].cpu()
