@@ -20,9 +20,9 @@ from vidtrl import VideoSFTConfig, VideoSFTTrainer
 from vidtrl.diffusion import flow
 from vidtrl.toy.world import render
 from vidtrl.trainer.checkpoint import weights_fingerprint
+from vidtrl.trainer.clip_data import collate
 from vidtrl.trainer.draws import DrawDataset, DrawSampler, draw_seed, generators, randn
 from vidtrl.trainer.ema import WeightAverage
-from vidtrl.trainer.sft_trainer import collate
 
 
 def losses(trainer):

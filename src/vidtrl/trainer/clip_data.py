@@ -1,0 +1,213 @@
+"""Captioned clips as training data: from files on disk to latents and conditions, for every trainer that learns from videos."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+
+import torch
+from accelerate import PartialState
+from huggingface_hub import constants
+from PIL import Image
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..data import BucketSampler, CachedDataset, VideoDataset, build_cache, plan_dataset, standardize_columns
+from ..models import Condition
+from .base_trainer import VideoTrainer
+from .checkpoint import weights_fingerprint
+from .clip_config import ClipConfig
+from .draws import DrawDataset, DrawSampler
+
+
+class ClipTrainer(VideoTrainer):
+    """
+    Base of the trainers that learn from clips. Not used by itself; arguments as in [`VideoTrainer`], with a [`ClipConfig`].
+    """
+
+    args: ClipConfig
+    caption_dropout = 0.0  # share of samples with the empty prompt
+
+    def __init__(self, *args, **kwargs):
+        self._clips: dict[str, tuple] = {}  # split -> dataset and plan
+        super().__init__(*args, **kwargs)
+
+    # ---- Dataset: clips on disk -> latents and conditions ----
+
+    def prepare_datasets(self, train_dataset, eval_dataset):
+        train = DrawDataset(self.prepare_dataset(train_dataset, "train"), self.caption_dropout)
+        if isinstance(eval_dataset, dict):
+            evaluation = {
+                name: DrawDataset(self.prepare_dataset(d, f"eval_{name}")) for name, d in eval_dataset.items()
+            }
+        else:
+            evaluation = None if eval_dataset is None else DrawDataset(self.prepare_dataset(eval_dataset, "eval"))
+        if self.args.cache:
+            self.video_model.offload_encoders()
+        return train, evaluation
+
+    def prepare_dataset(self, dataset, split: str) -> CachedDataset | VideoDataset:
+        """Plan the shape of every clip, report it, and encode the clips once (`cache=True`) or decode them on access."""
+        if isinstance(dataset, (CachedDataset, VideoDataset)):
+            return dataset
+        args, model = self.args, self.video_model
+        offloaded = model.pipe.vae is None  # for a dataset that comes later, such as one passed to `evaluate`
+        if offloaded:
+            model.restore_encoders()
+        dataset = standardize_columns(dataset)
+        plan = plan_dataset(
+            dataset,
+            max_bad_fraction=args.max_bad_fraction,
+            quiet=args.process_index != 0,
+            frame_multiple=model.frame_multiple,
+            frame_offset=model.frame_offset,
+            pixel_multiple=model.pixel_multiple,
+            spatial_factor=model.spatial_factor,
+            temporal_factor=model.temporal_factor,
+            **args.shape_rules(),
+        )
+        if args.cache:
+            columns = ["prompt"]
+            columns += ["image"] if model.family.image else []
+            columns += ["fps"] if model.family.fps_argument else []
+            prepared = build_cache(
+                dataset,
+                plan,
+                encode=model.encode,
+                condition=lambda row, *size: self.condition(row, *size).state(),
+                condition_columns=tuple(columns),
+                empty_prompt=self.caption_dropout > 0,
+                cache_dir=args.cache_dir or os.path.join(constants.HF_HOME, "vidtrl"),
+                fingerprint=self.cache_fingerprint(),
+                process_index=args.process_index,
+                num_processes=args.world_size,
+                wait=PartialState().wait_for_everyone,
+            )
+        else:
+            prepared = VideoDataset(dataset, plan)
+        if args.process_index == 0:
+            tqdm.write(f"{split} {plan}")
+            os.makedirs(args.output_dir, exist_ok=True)
+            plan.to_json(os.path.join(args.output_dir, f"plan_{split}.json"))
+        if offloaded:
+            model.offload_encoders()
+        self._clips[split] = dataset, plan
+        return prepared
+
+    def data_summary(self) -> dict:
+        """What decides which clip each step sees: checkpoints record it, and resuming compares it."""
+        dataset = self.train_dataset.dataset
+        digest = hashlib.sha256(json.dumps([dataset.sample_ids, dataset.buckets]).encode())
+        return {"num_clips": len(dataset), "sha256 of names and shapes": digest.hexdigest()[:16]}
+
+    def condition(self, row: dict, height: int, width: int, num_frames: int) -> Condition:
+        """The condition of one dataset row, as the stock pipeline prepares it."""
+        kwargs = dict(self.args.pipeline_kwargs or {})
+        if self.args.max_sequence_length is not None:
+            kwargs["max_sequence_length"] = self.args.max_sequence_length
+        return self.video_model.condition(
+            row["prompt"],
+            height,
+            width,
+            num_frames,
+            image=row.get("image") if self.video_model.family.image else None,
+            fps=row.get("fps"),
+            **kwargs,
+        )
+
+    def cache_fingerprint(self) -> dict:
+        """All that changes what encoders and pipeline return for a given clip and prompt."""
+        args, pipe = self.args, self.video_model.pipe
+        encoders = {
+            name: weights_fingerprint(module)
+            for name, module in pipe.components.items()
+            if isinstance(module, nn.Module) and name not in self.video_model.denoisers
+        }
+        return {
+            "model": self.model_identity["name_or_path"] or type(pipe).__name__,
+            "revision": str((args.model_init_kwargs or {}).get("revision")),
+            "pipeline": type(pipe).__name__,
+            "encoders": encoders,
+            "dtypes": {name: str(m.dtype) for name, m in pipe.components.items() if isinstance(m, nn.Module)},
+            "max_sequence_length": args.max_sequence_length,
+            "pipeline_kwargs": json.loads(json.dumps(args.pipeline_kwargs or {}, default=str)),
+        }
+
+    # ---- Batch ----
+
+    def train_sampler(self, dataset: DrawDataset) -> DrawSampler:
+        args = self.args
+        order = BucketSampler(
+            dataset.buckets,
+            # one bucket per optimizer step, so that a step is the same however it is split into micro-batches
+            batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            num_processes=args.world_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+        return DrawSampler(order, args.seed)
+
+    def clean_latents(self, inputs: dict) -> tuple[Tensor, Tensor, Condition]:
+        """Posterior mean and standard deviation, both (B, C, f, h, w) float32, and the condition of a batch."""
+        if "mean" in inputs:
+            return inputs["mean"], inputs["std"], inputs["condition"]
+        mean, std = self.video_model.encode(inputs["videos"])
+        num_frames, _, height, width = inputs["videos"][0].shape
+        conditions = []
+        for row, video in zip(inputs["rows"], inputs["videos"], strict=True):
+            if self.video_model.family.image and row.get("image") is None:
+                row = {**row, "image": first_frame(video)}
+            conditions.append(self.condition(row, height, width, num_frames))
+        return mean, std, Condition.cat(conditions)
+
+    # ---- Validation videos ----
+
+    def validation_prompts(self) -> list[str]:
+        if self.args.validation_prompts:
+            return self.args.validation_prompts
+        dataset = self.eval_dataset if isinstance(self.eval_dataset, DrawDataset) else self.train_dataset
+        prompts: list[str] = []
+        for index in range(len(dataset)):
+            prompt = dataset.dataset[index]["prompt"]
+            if prompt not in prompts or self.video_model.family.image:  # the i-th image belongs to the i-th prompt
+                prompts.append(prompt)
+            if len(prompts) == self.args.num_validation_videos:
+                break
+        return prompts
+
+    def validation_shape(self) -> tuple[int, int, int]:
+        args = self.args
+        if None not in (args.height, args.width, args.num_frames):
+            return args.height, args.width, args.num_frames
+        dataset = self.train_dataset.dataset
+        shapes = dataset.shapes if isinstance(dataset, CachedDataset) else dataset.plan.buckets
+        num_frames, height, width = shapes[Counter(dataset.buckets).most_common(1)[0][0]]
+        return height, width, num_frames
+
+    def validation_fps(self) -> float:
+        plans = [plan for _, plan in self._clips.values()]
+        return self.args.fps or (plans and plans[0].samples[0].fps) or 16
+
+    def validation_image(self, index: int) -> Image.Image | None:
+        if not self.video_model.family.image:
+            return None
+        dataset, plan = self._clips["eval" if "eval" in self._clips else "train"]
+        item = VideoDataset(dataset, plan)[index % len(plan.samples)]
+        return item["image"] if item.get("image") is not None else first_frame(item["video"])
+
+
+def collate(items: list[dict]) -> dict:
+    """Join samples of one bucket: cached latents and conditions, or decoded clips and their rows."""
+    batch = {"draws": [item["draw"] for item in items], "sample_ids": [item["sample_id"] for item in items]}
+    if "mean" in items[0]:
+        batch["mean"] = torch.stack([item["mean"].float() for item in items])
+        batch["std"] = torch.stack([item["std"].float() for item in items])
+        batch["condition"] = Condition.cat([Condition.from_state(*item["condition"]) for item in items])
+    else:
+        batch["videos"] = [item["video"] for item in items]
+        batch["rows"] = [{name: item.get(name) for name in ("prompt", "fps", "image")} for item in items]
+    return batch
+
+
+def first_frame(video: Tensor) -> Image.Image:
+    """The first frame of a clip (F, 3, H, W) in [0, 1]: the image condition of image-to-video models."""
+    return Image.fromarray((video[0] * 255).round().byte().permute(1, 2, 0).cpu().numpy())
