@@ -24,6 +24,9 @@ class VideoTrainingConfig(TrainingArguments):
         expert (`str`, *optional*):
             For models with two denoisers (Wan 2.2 A14B): which one to train, `"high"` (the noisy half, the default)
             or `"low"`. Sigma is then drawn from that expert's range only. `None` for every other model.
+        base_adapters (`list[str]`, *optional*):
+            LoRA adapters (directories or Hub ids) of earlier stages. They stay frozen under the adapter that is trained,
+            in the policy and in its reference alike; nothing is merged. Needs `peft_config`.
         check_model (`bool`, *optional*, defaults to `True`):
             Prove at start-up that this checkpoint is read correctly (see [`check_model`]); a failure stops the run.
         compile_repeated_blocks (`bool`, *optional*, defaults to `False`):
@@ -124,6 +127,9 @@ class VideoTrainingConfig(TrainingArguments):
             "help": "Which denoiser of a two-expert model to train; its sigma range is used. Default: high.",
             "choices": ["high", "low"],
         },
+    )
+    base_adapters: list[str] | None = field(
+        default=None, metadata={"help": "LoRA adapters of earlier stages, frozen under the one that is trained."}
     )
     check_model: bool = field(
         default=True, metadata={"help": "Prove at start-up that this checkpoint is read correctly."}

@@ -28,6 +28,7 @@ from transformers.utils import PushInProgress, logging
 
 from ..hub.model_card import build_model_card, last_validation_videos, training_settings
 from ..models import VideoModel, check_model
+from ..models.roles import Roles, checkpoint_under
 from .base_config import VideoTrainingConfig
 from .callbacks import EMACallback, ValidationVideoCallback, VideoProgressCallback, VideoTensorBoardCallback
 from .checkpoint import (
@@ -39,7 +40,17 @@ from .checkpoint import (
     write_manifest,
 )
 from .ema import WeightAverage
-from .lora import ADAPTER_FILE, adapter_summary, add_lora, load_adapter, lora_loader, repeated_blocks, save_adapter
+from .lora import (
+    ADAPTER_FILE,
+    active_adapters,
+    adapter_summary,
+    add_lora,
+    load_adapter,
+    load_base_adapters,
+    lora_loader,
+    repeated_blocks,
+    save_adapter,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -70,6 +81,7 @@ class VideoTrainer(Trainer):
 
     _name = "Video"
     _tag_names = ["vidtrl"]
+    _role = "policy"  # what is trained, in `self.policies`
     loss_is_scaled_for_ga = False  # `compute_loss` returns the mean over its batch
 
     def __init__(
@@ -118,6 +130,14 @@ class VideoTrainer(Trainer):
         if boundary is not None:
             self.sigma_range = (0.0, boundary) if args.expert == "low" else (boundary, 1.0)
         denoiser = denoisers[self.denoiser_name]
+        if args.base_adapters:
+            load_base_adapters(pipe, self.denoiser_name, args.base_adapters)
+        below = active_adapters(denoiser)  # those of earlier stages, that stay under what is trained now
+        if below and peft_config is None:
+            raise ValueError(
+                f"the model carries the adapter{'s' if len(below) > 1 else ''} {', '.join(below)}: pass a peft_config to train "
+                "another one on top, or merge with pipe.fuse_lora() and pipe.unload_lora_weights() to train all weights"
+            )
         self.model_identity = model_identity(
             type(pipe).__name__, str(pipe.name_or_path or ""), self.denoiser_name, denoiser
         )
@@ -137,13 +157,17 @@ class VideoTrainer(Trainer):
             if name != self.denoiser_name:
                 module.to("cpu")  # the expert that is not trained is only needed for sampling
         set_seed(args.seed)  # whatever the preparation drew, the adapter starts the same
+        self.policies = Roles()
         if peft_config is not None:
             trained = add_lora(denoiser, peft_config)
+            self.policies.add(self._role, trained, (*below, "default"), trained=True)
+            self.policies.add("base", trained, below)
         else:
-            trained = denoiser.requires_grad_(True)
+            trained = denoiser
+            self.policies.add(self._role, trained, trained=True)
         # diffusers' method has another name and signature than the one that Trainer.train() would call
         if args.gradient_checkpointing:
-            denoiser.enable_gradient_checkpointing()
+            denoiser.enable_gradient_checkpointing(checkpoint_under(*self.forward_states()))
         if args.compile_repeated_blocks:
             for stack in repeated_blocks(denoiser).values():
                 for block in stack:
@@ -215,6 +239,10 @@ class VideoTrainer(Trainer):
     def prepare_datasets(self, train_dataset, eval_dataset) -> tuple[Any, Any]:
         """Turn the user's datasets into what `compute_loss` needs. Called once, before the adapter is injected."""
         return train_dataset, eval_dataset
+
+    def forward_states(self) -> list:
+        """What a forward pass depends on besides its arguments, for gradient checkpointing; see [`checkpoint_under`]."""
+        return [self.policies]
 
     @property
     def pipe(self) -> DiffusionPipeline:

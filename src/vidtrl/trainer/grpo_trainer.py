@@ -668,13 +668,13 @@ class VideoGRPOTrainer(VideoTrainer):
 
     @contextlib.contextmanager
     def _reference(self) -> Iterator[None]:
-        """The reference policy: the base under the adapter, or the kept weights. Not for use around a backward pass."""
+        """The reference policy: what is under the trained adapter, or the kept weights. Not for use around a backward pass."""
         with torch.no_grad():
             if "reference" in self.roles:
                 with self.roles["reference"].swapped_in():
                     yield
             else:
-                with self._unwrapped().disable_adapter():
+                with self.policies.active("base"):
                     yield
 
     def compute_loss(

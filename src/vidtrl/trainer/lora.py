@@ -49,11 +49,11 @@ def default_target_modules(denoiser: nn.Module) -> str:
     """
     stacks = repeated_blocks(denoiser)
     inside = {
-        name
+        name.removesuffix(".base_layer")  # of a layer that carries an adapter already
         for stack in stacks.values()
         for block in stack
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear) and ".lora_" not in name
     }
     if not inside:
         raise ValueError(
@@ -65,22 +65,22 @@ def default_target_modules(denoiser: nn.Module) -> str:
 
 def add_lora(denoiser: nn.Module, config: LoraConfig) -> PeftModel:
     """
-    Freeze the denoiser and inject a LoRA (or DoRA) adapter into it, in place.
+    Freeze the denoiser and inject a LoRA (or DoRA) adapter named `"default"` into it, in place.
 
     Args:
-        denoiser (`nn.Module`): The denoiser of a pipeline.
+        denoiser (`nn.Module`): The denoiser of a pipeline. Adapters that it carries already stay under the new one.
         config (`LoraConfig`): Without `target_modules`, [`default_target_modules`] is used.
 
     Returns:
         `PeftModel`: A wrapper; the pipeline's own denoiser carries the adapter as well.
 
     Raises:
-        `ValueError`: If a target matches no layer, or the denoiser already carries an adapter.
+        `ValueError`: If a target matches no layer, or the denoiser already has an adapter of that name.
     """
-    if any(isinstance(module, BaseTunerLayer) for module in denoiser.modules()):
+    if "default" in active_adapters(denoiser):
         raise ValueError(
-            f"{type(denoiser).__name__} already carries an adapter: merge it first with pipe.fuse_lora() and "
-            "pipe.unload_lora_weights(), or load the pipeline again"
+            f"{type(denoiser).__name__} already carries an adapter named 'default', the name of the one to train: load it "
+            "with another adapter_name, or merge it with pipe.fuse_lora() and pipe.unload_lora_weights()"
         )
     targets = config.target_modules
     if targets is None:
@@ -112,6 +112,43 @@ def add_lora(denoiser: nn.Module, config: LoraConfig) -> PeftModel:
             )
     denoiser.requires_grad_(False)
     return get_peft_model(denoiser, config)
+
+
+def active_adapters(denoiser: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that take part in the denoiser's forward, in their order."""
+    names: dict[str, None] = {}
+    for layer in denoiser.modules():
+        if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters:
+            names |= dict.fromkeys(layer.active_adapters)
+    return tuple(names)
+
+
+def load_base_adapters(pipe: DiffusionPipeline, denoiser_name: str, adapters: list[str]) -> None:
+    """
+    Load adapters with diffusers' own loader and switch all of them on, beside those that are on already.
+
+    Args:
+        pipe (`DiffusionPipeline`): The pipeline.
+        denoiser_name (`str`): Which of its denoisers they are for.
+        adapters (`list[str]`): Directories, files or Hub ids.
+
+    Raises:
+        `ValueError`: If an adapter cannot be found, or the pipeline's class has no LoRA loader.
+    """
+    denoiser = getattr(pipe, denoiser_name)
+    if not isinstance(pipe, LoraBaseMixin):
+        raise ValueError(f"{type(pipe).__name__} has no LoRA loader in diffusers: merge the adapters into the weights")
+    kwargs = {"load_into_transformer_2": True} if denoiser_name == "transformer_2" else {}
+    names = list(active_adapters(denoiser))
+    for i, adapter in enumerate(adapters):
+        if adapter.startswith((".", "/", "~")) and not os.path.exists(os.path.expanduser(adapter)):
+            raise ValueError(f"base_adapters: there is no adapter at {adapter!r}")
+        try:
+            pipe.load_lora_weights(os.path.expanduser(adapter), adapter_name=f"base_{i}", **kwargs)
+        except OSError as error:
+            raise ValueError(f"base_adapters: cannot load {adapter!r}: {error}") from error
+        names.append(f"base_{i}")
+    denoiser.set_adapters(names)
 
 
 def save_adapter(model: PeftModel, directory: str | os.PathLike, state_dict: dict | None = None) -> None:

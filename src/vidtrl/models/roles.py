@@ -1,0 +1,206 @@
+"""Several policies on one frozen base: adapters (or modules) as roles.
+
+A role is what a training algorithm calls by name: policy, reference, student, fake score, teacher. With adapters, all of them
+share one base and switching is a matter of flags. Two mistakes are silent without care, and are why this file exists:
+
+- PEFT's switches also flip `requires_grad`. A backward pass while another role is active leaves the weights that were to be
+  trained without a gradient, and raises nothing. [`Roles.require`] and [`Roles.check_gradients`] do.
+- Gradient checkpointing runs the forward again in the backward pass, under whatever role is active then: wrong gradients.
+  [`checkpoint_under`] remembers what was active and puts it back.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class Role:
+    """
+    One policy.
+
+    Args:
+        module (`nn.Module`): What is called.
+        adapters (`tuple[str, ...]` or `None`): Those that are on while it is called, one upon the other; `None` for a module
+            that carries none.
+        parameters (`dict[str, nn.Parameter]`): What of it is trained, by name; empty for a frozen role.
+    """
+
+    module: nn.Module
+    adapters: tuple[str, ...] | None
+    parameters: dict[str, nn.Parameter]
+
+
+class HasSnapshot(Protocol):
+    """State that a forward pass depends on and that a recomputation must find again."""
+
+    def snapshot(self) -> Callable[[], contextlib.AbstractContextManager]: ...
+
+
+class Roles:
+    """
+    Policies by name. Exactly one is active; outside every `active` block it is the first that was added.
+
+    Inside `active(role)`, the role's own weights require gradients and those of all other roles do not.
+
+    Example:
+
+    ```python
+    >>> roles = Roles()
+    >>> roles.add("student", model, adapters=("default",), trained=True)
+    >>> roles.add("fake", model, adapters=("fake",), trained=True)
+    >>> roles.add("teacher", model, adapters=())
+    >>> with roles.active("student") as denoiser:
+    ...     loss = compute_loss(denoiser)
+    ...     loss.backward()
+    ```
+    """
+
+    def __init__(self):
+        self._roles: dict[str, Role] = {}
+        self._layers: dict[int, list[BaseTunerLayer]] = {}  # of each module that carries adapters
+        self._current: tuple[str, bool] = ("", False)  # name, frozen
+
+    def add(
+        self, name: str, module: nn.Module, adapters: tuple[str, ...] | None = None, *, trained: bool = False
+    ) -> None:
+        """
+        Add a role; call it again for a module after further adapters were injected.
+
+        Args:
+            name (`str`): Its name.
+            module (`nn.Module`): What to call.
+            adapters (`tuple[str, ...]`, *optional*): Adapters of `module` that make the role, `()` for its bare base.
+            trained (`bool`, *optional*, defaults to `False`): Train the last of the adapters, or without adapters the module.
+        """
+        parameters = {}
+        if trained and adapters is not None:
+            parameters = {n: p for n, p in module.named_parameters() if f".{adapters[-1]}." in f"{n}."}
+            assert parameters, f"{type(module).__name__} has no adapter {adapters[-1]!r}"
+        elif trained:
+            parameters = dict(module.named_parameters())
+        self._roles[name] = Role(module, adapters, parameters)
+        self._layers[id(module)] = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+        if not self._current[0]:
+            self._current = name, False
+        self._switch(*self._current)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._roles
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The trained weights of a role, by their names in its module."""
+        return self._roles[name].parameters
+
+    @property
+    def current(self) -> str:
+        """The active role."""
+        return self._current[0]
+
+    @contextlib.contextmanager
+    def active(self, name: str, *, frozen: bool = False) -> Iterator[nn.Module]:
+        """
+        Make a role active, and yield the module to call.
+
+        Args:
+            name (`str`): The role.
+            frozen (`bool`, *optional*, defaults to `False`): Its own weights get no gradient either; gradients still flow
+                through it to its inputs.
+        """
+        before = self._current
+        self._switch(name, frozen)
+        try:
+            yield self._roles[name].module
+        finally:
+            self._switch(*before)
+
+    def _switch(self, name: str, frozen: bool) -> None:
+        role = self._roles[name]
+        if role.adapters is not None:
+            for layer in self._layers[id(role.module)]:
+                layer.enable_adapters(bool(role.adapters))
+                if role.adapters:
+                    layer.set_adapter(list(role.adapters))
+                for adapter_layers in layer.adapter_layer_names:
+                    getattr(layer, adapter_layers).requires_grad_(False)
+        for other in self._roles.values():
+            for parameter in other.parameters.values():
+                parameter.requires_grad_(other is role and not frozen)
+        self._current = name, frozen
+
+    def snapshot(self) -> Callable[[], contextlib.AbstractContextManager]:
+        """The active role, as a context that makes it active again."""
+        name, frozen = self._current
+
+        def again():
+            same = self._current == (name, frozen)  # the usual case: nothing to switch in every block
+            return contextlib.nullcontext() if same else self.active(name, frozen=frozen)
+
+        return again
+
+    def require(self, name: str) -> None:
+        """
+        Call it before a backward pass that is to train a role.
+
+        Raises:
+            `RuntimeError`: If another role is active, or the role is frozen: its weights would get no gradient, silently.
+        """
+        if self._current != (name, False):
+            state = f"{self.current!r}{' (frozen)' if self._current[1] else ''}"
+            raise RuntimeError(
+                f"backward for the role {name!r} while {state} is active: its weights would get no gradient. Run "
+                f"forward and backward inside roles.active({name!r})"
+            )
+
+    def check_gradients(self, *names: str) -> None:
+        """
+        Call it after the backward passes of a step.
+
+        Raises:
+            `RuntimeError`: If none of a role's weights has a gradient, or one of another role has.
+        """
+        for name, role in self._roles.items():
+            got = any(p.grad is not None for p in role.parameters.values())
+            if role.parameters and got != (name in names):
+                raise RuntimeError(
+                    f"the role {name!r} {'has gradients in a step that trains' if got else 'got no gradient in a step for'} "
+                    f"{', '.join(names)}: forward and backward did not run under the same role"
+                )
+
+
+def checkpoint_under(*states: HasSnapshot) -> Callable:
+    """
+    A function for `denoiser.enable_gradient_checkpointing(gradient_checkpointing_func=...)` that recomputes a block under the
+    state of its forward pass, whatever is active at the time of the backward pass.
+
+    Args:
+        *states: [`Roles`], [`CausalAttention`] and whatever else a forward pass depends on.
+
+    Returns:
+        `Callable`: Takes a function and its arguments, as `torch.utils.checkpoint.checkpoint` does.
+    """
+
+    def run(function, *args, **kwargs):
+        snapshots = [state.snapshot() for state in states]
+
+        @contextlib.contextmanager
+        def recompute():
+            with contextlib.ExitStack() as stack:
+                for again in snapshots:
+                    stack.enter_context(again())
+                yield
+
+        return checkpoint(
+            function,
+            *args,
+            use_reentrant=False,
+            context_fn=lambda: (contextlib.nullcontext(), recompute()),
+            **kwargs,
+        )
+
+    return run
