@@ -186,9 +186,9 @@ def finite_difference_tangent(
     x_{t+h} = cos h x_t + sin h teacher_F (exact if its x0 and noise stay constant). At the ends of [0, pi/2] the difference
     is one-sided. Works with every attention kernel, unlike `jvp_tangent`.
 
-    `function` has to be evaluated in float32 and to be smooth in t. In bfloat16 the difference over 2h is rounding noise,
-    and so it is when timesteps are rounded to integers, as pipelines with a UniPC scheduler do. Frequencies up to
-    1000 in the timestep embedding ask for h well below 1e-3.
+    `function` has to compute in float32 and to be smooth in t. Under bfloat16 the difference over 2h is rounding noise (use
+    `jvp_tangent`), and so it is where timesteps are whole numbers (as with a UniPC scheduler). The timestep embedding's
+    frequencies of up to 1000 ask for an h well below 1e-3.
 
     Args:
         function: function(x_t, t) -> F of the student (`trig_function`); called without gradient.
