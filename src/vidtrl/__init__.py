@@ -11,6 +11,9 @@ _EXPORTS = {
     "Condition": "vidtrl.models",
     "VideoModel": "vidtrl.models",
     "check_model": "vidtrl.models",
+    "FewStepFlowScheduler": "vidtrl.inference",
+    "export_student": "vidtrl.inference",
+    "load_student": "vidtrl.inference",
     "VideoGRPOConfig": "vidtrl.trainer",
     "VideoGRPOTrainer": "vidtrl.trainer",
     "VideoSFTConfig": "vidtrl.trainer",
@@ -30,5 +33,6 @@ def __dir__():
 
 
 if TYPE_CHECKING:
+    from .inference import FewStepFlowScheduler, export_student, load_student
     from .models import Condition, VideoModel, check_model
     from .trainer import VideoGRPOConfig, VideoGRPOTrainer, VideoSFTConfig, VideoSFTTrainer

@@ -29,7 +29,7 @@ class NoiseSchedule:
     def __init__(self, scheduler: SchedulerMixin, family: Family, patch: tuple[int, int]):
         self.scheduler, self.family, self.patch = scheduler, family, patch
         config, name = scheduler.config, type(scheduler).__name__
-        is_flow = "FlowMatch" in name or "FlowMap" in name or bool(config.get("use_flow_sigmas"))
+        is_flow = "Flow" in name or bool(config.get("use_flow_sigmas"))
         if is_flow != (self.family.prediction == "flow"):
             kind = "a flow-matching" if self.family.prediction == "flow" else f"a {self.family.prediction} (VP)"
             raise ValueError(
@@ -44,7 +44,9 @@ class NoiseSchedule:
         self.num_train_timesteps = config.num_train_timesteps
         self.vp_sigmas = None if is_flow else flow.vp_to_flow_sigma(scheduler.alphas_cumprod.cpu().double()).float()
         probe = copy.deepcopy(scheduler)
-        probe.set_timesteps(2, **({"mu": 1.0} if config.get("use_dynamic_shifting") else {}))
+        # two, as Mochi's grid is undefined for one; a few-step student's scheduler knows a single number of steps
+        self.probe_steps = len(config.get("denoising_steps", (0, 0)))
+        probe.set_timesteps(self.probe_steps, **({"mu": 1.0} if config.get("use_dynamic_shifting") else {}))
         self._integer_timesteps = not probe.timesteps.is_floating_point()
 
     @property

@@ -225,8 +225,9 @@ class VideoModel:
             need = "needs an image per prompt" if self.family.image else "takes no image"
             raise ValueError(f"{type(self.pipe).__name__} {need}.")
         call = self.call_arguments(height, width, num_frames, fps, negative, pipeline_kwargs)
-        # two steps, as Mochi's grid is undefined for one; the second is never reached
-        call |= {"output_type": "latent", "num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
+        # only the first step is reached
+        call |= {"output_type": "latent", "num_inference_steps": self.schedule.probe_steps}
+        call |= {"generator": torch.Generator().manual_seed(0)}
         # One prompt at a time: what belongs to a clip is then unmistakable, and equals what a single call gives.
         conditions = []
         for text, picture in zip(prompts, images, strict=True):
