@@ -12,6 +12,8 @@ _EXPORTS = {
     "UNSUPPORTED": "families",
     "check_model": "check",
     "CheckReport": "check",
+    "CausalAttention": "causal",
+    "KVCache": "causal",
 }
 __all__ = list(_EXPORTS)
 
@@ -28,6 +30,7 @@ def __dir__():
 
 if TYPE_CHECKING:
     from .capture import Condition
+    from .causal import CausalAttention, KVCache
     from .check import CheckReport, check_model
     from .families import FAMILIES, UNSUPPORTED, Family
     from .video_model import VideoModel

@@ -26,6 +26,9 @@ class Family:
         normalize: whether latents are shifted and scaled by the VAE's statistics.
         pixel_range: what the VAE takes.
         per_sample_sigma: whether one batch may mix noise levels.
+        frame_sigma: how the denoiser takes one noise level per latent frame: "" (it does not), as a timestep per "token" or
+            per "frame".
+        frame_call: denoiser arguments that go with one noise level per frame.
         factors: pipeline attributes with the VAE's temporal and spatial compression.
         frame_offset: valid frame counts are frame_offset + k * temporal factor.
         pixel_multiple: height and width must divide by this, besides VAE factor times patch.
@@ -54,6 +57,8 @@ class Family:
     normalize: bool = True
     pixel_range: tuple[float, float] = (-1.0, 1.0)
     per_sample_sigma: bool = True
+    frame_sigma: str = ""
+    frame_call: dict[str, Any] = field(default_factory=dict)
     factors: tuple[str, str] = ("vae_scale_factor_temporal", "vae_scale_factor_spatial")
     frame_offset: int = 1
     pixel_multiple: int = 1
@@ -72,14 +77,21 @@ class Family:
 
 
 FAMILIES: tuple[Family, ...] = (
-    Family("wan", ("WanPipeline",), pixel_multiple=16),
+    Family("wan", ("WanPipeline",), pixel_multiple=16, frame_sigma="token"),
     Family("wan-i2v", ("WanImageToVideoPipeline",), pixel_multiple=16, image=True),
-    Family("skyreels-v2", ("SkyReelsV2Pipeline",), pixel_multiple=16),
+    Family(
+        "skyreels-v2",
+        ("SkyReelsV2Pipeline",),
+        pixel_multiple=16,
+        frame_sigma="frame",
+        frame_call={"enable_diffusion_forcing": True},
+    ),
     Family("skyreels-v2-i2v", ("SkyReelsV2ImageToVideoPipeline",), pixel_multiple=16, image=True),
     Family(
         "ltx",
         ("LTXPipeline",),
         layout="packed",
+        frame_sigma="token",
         grid="uniform",
         mu="sequence",
         factors=("vae_temporal_compression_ratio", "vae_spatial_compression_ratio"),

@@ -416,7 +416,8 @@ class VideoModel:
 
         Args:
             latents: x_sigma, canonical (B, C, f, h, w).
-            sigma: noise level in (0, 1], float or (B,).
+            sigma: noise level in (0, 1], float or (B,); or (B, f) in [0, 1], one per latent frame, where the family's
+                `frame_sigma` allows it.
             condition: of B clips, or of one clip used for all.
             denoiser: the wrapped (DDP, PEFT, compiled) module to call instead of the model's own, or a dict by expert
                 name.
@@ -426,7 +427,7 @@ class VideoModel:
 
         Raises:
             ValueError: sigmas that differ within the batch where the family (or a two-expert boundary between them)
-                does not allow it, or a condition of another batch size.
+                does not allow it, noise levels per frame where it takes none, or a condition of another batch size.
         """
         batch = len(latents)
         if len(condition) == 1 and batch > 1:
@@ -440,7 +441,8 @@ class VideoModel:
         dtype = self.denoisers[name].dtype
 
         x = latents.float()
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(batch)
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
+        sigma = sigma if sigma.ndim == 2 else sigma.expand(batch)
         groups = condition.batches()
         parts = [
             (rows, self._velocity(call, dtype, x[rows], sigma[rows], tensors, condition))
@@ -454,6 +456,13 @@ class VideoModel:
         return torch.cat([v for _, v in parts])[order]
 
     def _expert_of_batch(self, sigma: float | Tensor) -> str:
+        if isinstance(sigma, Tensor) and sigma.ndim == 2:
+            if not self.family.frame_sigma or self.boundary is not None:
+                raise ValueError(
+                    f"The {self.family.name} family{' with two experts' if self.boundary is not None else ''} takes one sigma "
+                    "per clip, not one per latent frame."
+                )
+            return next(iter(self.denoisers))
         mixed = isinstance(sigma, Tensor) and sigma.numel() > 1
         if mixed and not self.per_sample_sigma and bool((sigma != sigma[0]).any()):
             raise ValueError(
@@ -500,8 +509,17 @@ class VideoModel:
                 kwargs[name] = value.to(device=device, dtype=dtype if value.dtype == condition.dtype else value.dtype)
         if "hidden_states" in kwargs:
             hidden = torch.cat([hidden, kwargs["hidden_states"].to(dtype)], dim)
+        frames = x.shape[2]
+        if row.frame_sigma and "timestep" in tensors and frames != condition.latent_shape[1] and sigma.ndim == 1:
+            sigma = sigma[:, None].expand(-1, frames)  # the condition's timesteps are for another number of frames
         t = self.timestep(sigma)
-        if "timestep" in tensors:
+        if sigma.ndim == 2:
+            if tuple(sigma.shape) != (len(x), frames):
+                raise ValueError(f"sigma is (B,) or (B, f) = {(len(x), frames)}, got {tuple(sigma.shape)}.")
+            if row.frame_sigma == "token":
+                t = t.repeat_interleave(x[0, 0, 0].numel() // self._patch[1] ** 2, 1)
+            kwargs |= row.frame_call
+        elif "timestep" in tensors:
             mask = tensors["timestep"].to(device)
             t = t.reshape(-1, *[1] * (mask.ndim - 1)) * mask
         # the pipeline's dtype: some cast the timestep to half precision, and the model is used to it
@@ -511,7 +529,7 @@ class VideoModel:
         output = call(**kwargs)
         output = output if isinstance(output, Tensor) else output[0]  # Kandinsky 5 returns no tuple
         # learned-variance heads append channels that no sampler uses
-        output = self.unpack(output.narrow(dim, 0, channels).float(), condition.latent_shape)
+        output = self.unpack(output.narrow(dim, 0, channels).float(), x.shape[1:])
         if self.schedule.is_vp:
             velocity = flow.vp_output_to_velocity(output, x_in, sigma, row.prediction) * row.sign
         else:

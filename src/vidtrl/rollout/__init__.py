@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 
-_EXPORTS = {"sample": "sampling"}
+_EXPORTS = {"sample": "sampling", "causal_rollout": "causal", "recache": "causal"}
 __all__ = list(_EXPORTS)
 
 
@@ -19,4 +19,5 @@ def __dir__():
 
 
 if TYPE_CHECKING:
+    from .causal import causal_rollout, recache
     from .sampling import sample
