@@ -1,6 +1,7 @@
 """Consistency distillation on a Gaussian, whose consistency function is known in closed form, and on small networks."""
 
 import copy
+import doctest
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from tiny_pipelines import WAN_LIKE, flow_unipc, wan
 from torch import nn
 
+from vidtrl.diffusion import consistency as module
 from vidtrl.diffusion import flow
 from vidtrl.diffusion.consistency import (
     consistency_loss,
@@ -435,3 +437,8 @@ def test_a_gradient_step_moves_wan_along_g():
     direction = g / (g.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1, 1) + 0.1)
     assert (moved * direction).sum() > 0
     assert (moved * direction).sum().item() == pytest.approx(1e-3 * size.item() * len(F) / 200, rel=0.05)
+
+
+def test_the_examples_in_the_docstrings():
+    result = doctest.testmod(module)
+    assert result.failed == 0 < result.attempted

@@ -1,5 +1,6 @@
 """Distribution matching against numbers of the original implementations (tests/data/objectives.safetensors), and on Gaussians."""
 
+import doctest
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from vidtrl.diffusion import distribution_matching as module
 from vidtrl.diffusion import flow
 from vidtrl.diffusion.distribution_matching import (
     critic_loss,
@@ -346,3 +348,8 @@ def test_critic_loss_does_not_train_the_generator():
     x = X.clone().requires_grad_()
     assert not critic_loss(COND, x, FAKE).requires_grad
     assert critic_loss(COND.clone().requires_grad_(), x, FAKE).requires_grad
+
+
+def test_the_examples_in_the_docstrings():
+    result = doctest.testmod(module)
+    assert result.failed == 0 < result.attempted

@@ -22,8 +22,8 @@ def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance (https://huggingface.co/papers/2207.12598) in the standard form of diffusers.
 
     unconditional + scale (conditional - unconditional): 1 is the conditional estimate, 0 the unconditional one. The
-    configurations of Self Forcing, CausVid and LongLive write conditional + g (conditional - unconditional), which is
-    this with scale = g + 1: their 3.0 is 4.0 here.
+    configurations of Self Forcing, CausVid, LongLive and rCM write conditional + g (conditional - unconditional), which
+    is this with scale = g + 1: their 3.0 is 4.0 here.
 
     Args:
         conditional, unconditional: (B, ...) estimates (x0 or velocity) of one model at one input.
