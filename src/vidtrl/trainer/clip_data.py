@@ -46,6 +46,10 @@ class ClipTrainer(VideoTrainer):
             self.video_model.offload_encoders()
         return train, evaluation
 
+    def frame_rule(self) -> tuple[int, int]:
+        """(multiple, offset): clips have offset + k * multiple frames."""
+        return self.video_model.frame_multiple, self.video_model.frame_offset
+
     def prepare_dataset(self, dataset, split: str) -> CachedDataset | VideoDataset:
         """Plan the shape of every clip, report it, and encode the clips once (`cache=True`) or decode them on access."""
         if isinstance(dataset, (CachedDataset, VideoDataset)):
@@ -55,12 +59,13 @@ class ClipTrainer(VideoTrainer):
         if offloaded:
             model.restore_encoders()
         dataset = standardize_columns(dataset)
+        frame_multiple, frame_offset = self.frame_rule()
         plan = plan_dataset(
             dataset,
             max_bad_fraction=args.max_bad_fraction,
             quiet=args.process_index != 0,
-            frame_multiple=model.frame_multiple,
-            frame_offset=model.frame_offset,
+            frame_multiple=frame_multiple,
+            frame_offset=frame_offset,
             pixel_multiple=model.pixel_multiple,
             spatial_factor=model.spatial_factor,
             temporal_factor=model.temporal_factor,
@@ -100,8 +105,10 @@ class ClipTrainer(VideoTrainer):
         digest = hashlib.sha256(json.dumps([dataset.sample_ids, dataset.buckets]).encode())
         return {"num_clips": len(dataset), "sha256 of names and shapes": digest.hexdigest()[:16]}
 
-    def condition(self, row: dict, height: int, width: int, num_frames: int) -> Condition:
-        """The condition of one dataset row, as the stock pipeline prepares it."""
+    def condition(
+        self, row: dict, height: int, width: int, num_frames: int, *, negative: bool = False
+    ) -> Condition:
+        """The condition of one dataset row, as the stock pipeline prepares it (or prepares a negative prompt)."""
         kwargs = dict(self.args.pipeline_kwargs or {})
         if self.args.max_sequence_length is not None:
             kwargs["max_sequence_length"] = self.args.max_sequence_length
@@ -112,6 +119,7 @@ class ClipTrainer(VideoTrainer):
             num_frames,
             image=row.get("image") if self.video_model.family.image else None,
             fps=row.get("fps"),
+            negative=negative,
             **kwargs,
         )
 

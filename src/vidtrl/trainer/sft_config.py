@@ -22,6 +22,13 @@ class VideoSFTConfig(ClipConfig):
             Weight of the velocity error by sigma: `"none"` (the family's native loss), `"cosmap"` or `"min_snr"`.
         caption_dropout (`float`, *optional*, defaults to `0.1`):
             Share of samples trained with the empty prompt, which keeps classifier-free guidance working.
+        causal (`str`, *optional*):
+            Train a causal model, that generates block after block of frames and whose blocks see the past alone: with
+            `"teacher_forcing"` each noisy block sees the clean blocks before it (twice the tokens; what generation does),
+            with `"diffusion_forcing"` the noisy ones. Every block has its own noise level. Wan 2.1, Wan 2.2-TI2V-5B,
+            SkyReels-V2 and LTX, text-to-video. `None` trains the usual bidirectional model.
+        frames_per_block (`int`, *optional*, defaults to `3`):
+            Latent frames of a block of a causal model. Clips have a multiple of that many latent frames.
 
     Example:
 
@@ -47,6 +54,14 @@ class VideoSFTConfig(ClipConfig):
     caption_dropout: float = field(
         default=0.1, metadata={"help": "Share of samples trained with the empty prompt, for guidance."}
     )
+    causal: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train a causal model: what a noisy block of frames sees of the past. Default: not causal.",
+            "choices": ["teacher_forcing", "diffusion_forcing"],
+        },
+    )
+    frames_per_block: int = field(default=3, metadata={"help": "Latent frames of a block of a causal model."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -56,6 +71,12 @@ class VideoSFTConfig(ClipConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        if self.causal not in (None, "teacher_forcing", "diffusion_forcing"):
+            raise ValueError(
+                f"causal must be 'teacher_forcing' or 'diffusion_forcing' (or unset), not {self.causal!r}"
+            )
+        if self.frames_per_block < 1:
+            raise ValueError(f"frames_per_block must be at least 1, not {self.frames_per_block}")
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout is a probability, not {self.caption_dropout}")
         if self.shift != "auto":

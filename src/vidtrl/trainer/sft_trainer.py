@@ -9,27 +9,57 @@ straight path x_sigma = (1 - sigma) x0 + sigma e:
 Where sigma falls decides what is learned; sampling and weighting follow https://huggingface.co/papers/2403.03206 (SD3),
 section 3.1. Models trained by DDPM (CogVideoX, Allegro) are trained in the same coordinates with the weight that makes
 this their native loss. Left out: second-moment reparametrisations, stochastic interpolants other than the straight path.
+
+With `causal`, the model learns to generate block after block of frames. Every block draws its own sigma, and attends to what
+lies before it: clean (teacher forcing, as in Causal Forcing, https://huggingface.co/papers/2602.02214: one pass over
+[clean | noisy]) or noisy itself (diffusion forcing, https://huggingface.co/papers/2407.01392: one block-causal pass). The loss
+is the same, averaged over blocks. Left out: noise on the clean half.
 """
 
+import inspect
 import os
+from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..diffusion import flow
+from ..models import CausalAttention, Condition, VideoModel
+from ..rollout.causal import causal_rollout
+from ..rollout.sampling import draw_noise
 from .clip_data import ClipTrainer, collate
-from .draws import DrawDataset, draw_seed, generators, randn
+from .draws import generators, randn
 from .sft_config import VideoSFTConfig
 
 
 STRATA = tuple(i / 10 for i in range(1, 10))  # noise levels of the held-out loss
 NUM_BINS = 5  # of the training loss, by sigma
+CAUSAL_CARD = """## A causal model
+
+It generates {frames_per_block} latent frames at a time, each block upon those before it ({causal} training). The pipeline's own
+call lets all frames attend to each other, which is not what was trained; sample block by block instead:
+
+```python
+import torch
+from vidtrl.models import CausalAttention, VideoModel
+from vidtrl.rollout import causal_rollout
+
+model = VideoModel(pipe)  # the pipeline with these weights, as above
+condition = model.condition("a red circle moving right", height={height}, width={width}, num_frames={num_frames})
+noise = torch.randn(1, *condition.latent_shape)
+sigmas = model.sigmas(50, condition.latent_shape)[:-1].tolist()
+blocks = causal_rollout(
+    model, CausalAttention(model), condition, noise, sigmas, frames_per_block={frames_per_block}, sampler="ode"
+)
+video = model.decode(torch.cat(list(blocks), dim=2))[0]
+```
+
+"""
 
 
 class VideoSFTTrainer(ClipTrainer):
@@ -75,6 +105,10 @@ class VideoSFTTrainer(ClipTrainer):
     trainer.save_model()
     video = trainer.pipe("a red circle moving right").frames[0]
     ```
+
+    A causal model (`args.causal`) is sampled block by block: by [`~vidtrl.rollout.causal_rollout`], or `trainer.generate_videos`,
+    which makes the validation videos. `trainer.pipe(prompt)` is the stock pipeline, in which all frames attend to each
+    other, and does not show what was learned.
     """
 
     _name = "SFT"
@@ -118,10 +152,106 @@ class VideoSFTTrainer(ClipTrainer):
     def caption_dropout(self) -> float:
         return self.args.caption_dropout
 
+    # ---- Causal models ----
+
+    def _load_model(self, *args) -> VideoModel:
+        model = super()._load_model(*args)
+        self.causal = None if self.args.causal is None else CausalAttention(model)
+        if self.causal is not None and self.args.num_frames is not None:
+            latent_frames = model.latent_shape(self.args.num_frames, model.pixel_multiple, model.pixel_multiple)[1]
+            self.causal.check_frames(latent_frames, self.args.frames_per_block)
+        return model
+
+    def forward_states(self) -> list:
+        return super().forward_states() + ([] if self.causal is None else [self.causal])
+
+    def frame_rule(self) -> tuple[int, int]:
+        multiple, offset = super().frame_rule()
+        if self.causal is None:
+            return multiple, offset
+        blocks = self.args.frames_per_block
+        return multiple * blocks, offset + multiple * (blocks - 1)
+
+    def generate_videos(self, prompts, seeds, images=None, batch_size=1, **overrides) -> list[Tensor]:
+        """
+        Sample the weights in training, one video per prompt: with the stock pipeline, or block by block if they are causal.
+
+        Args:
+            prompts (`list[str]`): What to generate.
+            seeds (`list[int]`): One seed per prompt.
+            images (`list`, *optional*): One image per prompt, for image-to-video models.
+            batch_size (`int`, *optional*, defaults to `1`): Videos per pipeline call or rollout.
+            **overrides: Arguments of the pipeline, in place of those that validation videos use; of a causal model,
+                `num_inference_steps` and `guidance_scale`.
+
+        Returns:
+            `list[torch.Tensor]`: float32 tensors (F, C, H, W) in [0, 1] on the CPU.
+        """
+        if self.causal is None:
+            return super().generate_videos(prompts, seeds, images, batch_size, **overrides)
+        args, model, videos = self.args, self.video_model, []
+        height, width, num_frames = self.validation_shape()
+        stock = inspect.signature(type(model.pipe).__call__).parameters
+        given = {
+            "num_inference_steps": args.validation_num_inference_steps,
+            "guidance_scale": args.validation_guidance_scale,
+        }
+        given = {name: stock[name].default if value is None else value for name, value in given.items()} | overrides
+        if unknown := sorted(overrides.keys() - {"num_inference_steps", "guidance_scale"}):
+            raise ValueError(
+                f"{', '.join(unknown)} cannot be set: a causal model is not sampled by its pipeline, and takes "
+                "num_inference_steps and guidance_scale only"
+            )
+        guidance_scale = given["guidance_scale"]
+        with self.sampling():
+            size = dict(height=height, width=width, num_frames=num_frames)
+            negative = None
+            if guidance_scale != 1.0:
+                negative = self.condition({"prompt": ""}, **size, negative=True)
+            for start in range(0, len(prompts), batch_size):
+                part = slice(start, start + batch_size)
+                condition = Condition.cat(
+                    [self.condition({"prompt": p, "fps": args.fps}, **size) for p in prompts[part]]
+                )
+                shape = condition.latent_shape
+                blocks = causal_rollout(
+                    model,
+                    self.causal,
+                    condition,
+                    draw_noise(len(condition), shape, [torch.Generator().manual_seed(s) for s in seeds[part]]),
+                    model.sigmas(given["num_inference_steps"], shape)[:-1].tolist(),
+                    frames_per_block=args.frames_per_block,
+                    sampler="ode",
+                    negative_condition=negative,
+                    guidance_scale=guidance_scale,
+                    denoiser=self.model_wrapped if self.is_fsdp_enabled else None,
+                )
+                videos += [video.cpu() for video in model.decode(torch.cat(list(blocks), 2))]
+        return videos
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.causal is not None and self.is_world_process_zero():
+            path = Path(self.args.output_dir, "README.md")
+            height, width, num_frames = self.validation_shape()
+            section = CAUSAL_CARD.format(
+                causal=self.args.causal.replace("_", " "),
+                frames_per_block=self.args.frames_per_block,
+                height=height,
+                width=width,
+                num_frames=num_frames,
+            )
+            text = path.read_text(encoding="utf-8")
+            path.write_text(text.replace("## Training\n", f"{section}## Training\n", 1), encoding="utf-8")
+
     # ---- Loss ----
 
     def sample_sigma(self, draws: list[int], latent_shape: tuple[int, int, int, int]) -> Tensor:
-        """One noise level per sample, (B,) float32, within the range of the expert in training."""
+        """One noise level per sample, (B,) float32, within the range of the expert in training; causal: per block, (B, blocks)."""
+        if self.causal is not None:
+            blocks = latent_shape[1] // self.args.frames_per_block
+            u = torch.stack([flow.sample_u(self.args.sigma_sampling, blocks, s) for s in generators(draws)])
+            return self.video_model.training_sigma(u, latent_shape, self.args.shift).clamp(min=1e-4)
         sigmas = []
         for source in generators(draws):
             sigma = None
@@ -142,15 +272,38 @@ class VideoSFTTrainer(ClipTrainer):
         noise = randn(mean.shape[1:], sources)
         sigma = self.sample_sigma(inputs["draws"], condition.latent_shape).to(x0.device)
 
-        x_sigma = flow.add_noise(x0, noise, sigma)
-        velocity = self.video_model.velocity(x_sigma, sigma, condition, denoiser=model)
-        error = (velocity.float() - flow.velocity_target(x0, noise)).square().flatten(1).mean(1)  # (B,)
+        error = self.velocity_error(model, x0, noise, sigma, condition)
         weight = self.video_model.native_weight(sigma) * flow.loss_weight(self.args.loss_weighting, sigma)
         loss = (weight * error).mean()
 
-        self._count_in_bins(sigma, error.detach())
+        self._count_in_bins(sigma.flatten(), error.detach().flatten())
         loss = self.finite_or_skip(loss, inputs["sample_ids"])
         return (loss, {"error": error, "sigma": sigma}) if return_outputs else loss
+
+    def velocity_error(
+        self, model: nn.Module, x0: Tensor, noise: Tensor, sigma: float | Tensor, condition: Condition
+    ) -> Tensor:
+        """Mean squared error of the velocity per clip, (B,); of a causal model per block, (B, blocks)."""
+        target = flow.velocity_target(x0, noise)
+        if self.causal is None:
+            x_sigma = flow.add_noise(x0, noise, sigma)
+            velocity = self.video_model.velocity(x_sigma, sigma, condition, denoiser=model)
+            return (velocity.float() - target).square().flatten(1).mean(1)
+        frames, length = x0.shape[2], self.args.frames_per_block
+        self.causal.check_frames(frames, length)
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x0.device).expand(len(x0), frames // length)
+        sigma = sigma.repeat_interleave(length, 1)  # (B, f)
+        level = sigma[:, None, :, None, None]
+        latents = (1 - level) * x0 + level * noise
+        if self.args.causal == "teacher_forcing":
+            latents, sigma = torch.cat([x0, latents], 2), torch.cat([torch.zeros_like(sigma), sigma], 1)
+            mode = self.causal.teacher_forcing(length)
+        else:
+            mode = self.causal.block_causal(length)
+        with mode:
+            velocity = self.video_model.velocity(latents, sigma, condition, denoiser=model)
+        error = (velocity[:, :, -frames:].float() - target).square()
+        return error.unflatten(2, (-1, length)).mean((1, 3, 4, 5))
 
     def _count_in_bins(self, sigma: Tensor, error: Tensor) -> None:
         index = (sigma * NUM_BINS).long().clamp(max=NUM_BINS - 1)
@@ -170,35 +323,13 @@ class VideoSFTTrainer(ClipTrainer):
 
     # ---- Held-out loss by noise level: the same noise for the same clip, every time ----
 
-    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str):
-            dataset = self.eval_dataset[dataset]
-        if not isinstance(dataset, DrawDataset):
-            dataset = DrawDataset(self.prepare_dataset(dataset, "eval"))
-        args, batches = self.args, []
-        for bucket in sorted(set(dataset.buckets)):
-            members = [i for i, b in enumerate(dataset.buckets) if b == bucket]
-            keys = [(i, draw_seed(args.seed, i)) for i in members]
-            size = args.per_device_eval_batch_size
-            batches += [keys[start : start + size] for start in range(0, len(keys), size)]
-        # every process runs equally many batches (sharded weights need that); surplus ones do not count
-        surplus = [[(i, -1) for i, _ in batches[0]]] * (-len(batches) % args.world_size)
-        mine = (batches + surplus)[args.process_index :: args.world_size]
-        return DataLoader(
-            dataset,
-            batch_sampler=mine,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            generator=torch.Generator(),  # else each evaluation would advance the generator of training
-        )
-
     @torch.no_grad()
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         """
-        Mean velocity error at each of nine noise levels, with posterior mean and fixed noise for each clip.
+        Mean velocity error at each of nine noise levels, with posterior mean and fixed noise for each clip. A causal model is
+        evaluated as it is trained, with the same level in every block.
 
         Logged as `eval_loss_sigma_0.1` to `0.9` (trackers show `eval/loss_sigma_0.1`); `eval_loss` is their mean.
         """
@@ -214,9 +345,7 @@ class VideoSFTTrainer(ClipTrainer):
                 noise = randn(x0.shape[1:], generators([max(draw, 0) for draw in draws], x0.device))
                 counts = torch.tensor([draw >= 0 for draw in draws], dtype=torch.float64, device=x0.device)
                 for i, sigma in enumerate(self.strata):
-                    x_sigma = flow.add_noise(x0, noise, sigma)
-                    velocity = self.video_model.velocity(x_sigma, sigma, condition, denoiser=model)
-                    error = (velocity.float() - flow.velocity_target(x0, noise)).square().flatten(1).mean(1)
+                    error = self.velocity_error(model, x0, noise, sigma, condition).reshape(len(x0), -1).mean(1)
                     errors[i] += (error.double() * counts).sum()
                 errors[-1] += counts.sum()
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
