@@ -11,9 +11,12 @@ _EXPORTS = {
     "Condition": "vidtrl.models",
     "VideoModel": "vidtrl.models",
     "check_model": "vidtrl.models",
+    "CausalVideoPipeline": "vidtrl.inference",
     "FewStepFlowScheduler": "vidtrl.inference",
     "export_student": "vidtrl.inference",
     "load_student": "vidtrl.inference",
+    "VideoDistillConfig": "vidtrl.trainer",
+    "VideoDistillTrainer": "vidtrl.trainer",
     "VideoGRPOConfig": "vidtrl.trainer",
     "VideoGRPOTrainer": "vidtrl.trainer",
     "VideoSFTConfig": "vidtrl.trainer",
@@ -33,6 +36,13 @@ def __dir__():
 
 
 if TYPE_CHECKING:
-    from .inference import FewStepFlowScheduler, export_student, load_student
+    from .inference import CausalVideoPipeline, FewStepFlowScheduler, export_student, load_student
     from .models import Condition, VideoModel, check_model
-    from .trainer import VideoGRPOConfig, VideoGRPOTrainer, VideoSFTConfig, VideoSFTTrainer
+    from .trainer import (
+        VideoDistillConfig,
+        VideoDistillTrainer,
+        VideoGRPOConfig,
+        VideoGRPOTrainer,
+        VideoSFTConfig,
+        VideoSFTTrainer,
+    )

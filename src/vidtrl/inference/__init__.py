@@ -5,8 +5,11 @@ from typing import TYPE_CHECKING
 
 
 _EXPORTS = {
+    "CausalVideoPipeline": "causal_pipeline",
     "FewStepFlowScheduler": "scheduler",
+    "StreamingDecoder": "streaming_vae",
     "StudentConfig": "distill_config",
+    "VideoStream": "causal_pipeline",
     "read_distill_config": "distill_config",
     "write_distill_config": "distill_config",
     "export_student": "export",
@@ -26,6 +29,8 @@ def __dir__():
 
 
 if TYPE_CHECKING:
+    from .causal_pipeline import CausalVideoPipeline, VideoStream
     from .distill_config import StudentConfig, read_distill_config, write_distill_config
     from .export import export_student, load_student
     from .scheduler import FewStepFlowScheduler
+    from .streaming_vae import StreamingDecoder

@@ -26,8 +26,8 @@ class StudentConfig:
         guidance_scale (`float`, *optional*, defaults to 1.0): Always 1: a student has its guidance built in.
         frames_per_block (`int`, *optional*): Latent frames that a causal student generates at a time; `None` for a
             bidirectional student, to which the following three do not apply.
-        window (`int`, *optional*): How many latent frames of the past a block attends to, besides the sink; `None`
-            for all.
+        window (`int`, *optional*): How many latent frames attention spans, the block's own and the sink's included;
+            `None` for all.
         sink (`int`, *optional*, defaults to 0): How many of the first latent frames every block attends to.
         context_noise (`float`, *optional*, defaults to 0.0): Noise level in [0, 1) at which a finished block enters the
             KV cache.
@@ -78,6 +78,11 @@ class StudentConfig:
             _check(value, int, name, "a number of latent frames")
             if value < low:
                 raise ValueError(f"{name} counts latent frames and must be at least {low}, got {value}.")
+        if self.causal and self.window is not None and self.window < self.sink + self.frames_per_block:
+            raise ValueError(
+                f"window={self.window} includes the sink and the present block, so it must be at least sink + "
+                f"frames_per_block = {self.sink + self.frames_per_block}."
+            )
         _check(self.context_noise, (int, float), "context_noise", "a noise level")
         if not 0 <= self.context_noise < 1:
             raise ValueError(f"context_noise is a noise level in [0, 1), got {self.context_noise}.")

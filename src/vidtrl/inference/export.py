@@ -67,7 +67,7 @@ def load_student(
     >>> video = pipe("a dog", num_inference_steps=4, guidance_scale=1.0).frames[0]
     ```
     """
-    directory = _local_directory(directory)
+    directory = student_directory(directory)
     config = read_distill_config(directory)
     pipe = _load_base(config, directory, base_model, torch_dtype, load_kwargs)
     _load_adapters(pipe, config, directory)
@@ -130,7 +130,7 @@ def export_student(
     if format not in FORMATS:
         listed = "; ".join(f"{name!r} for {what}" for name, what in FORMATS.items())
         raise ValueError(f"format must be one of: {listed}. Got {format!r}.")
-    directory = _local_directory(directory)
+    directory = student_directory(directory)
     config = read_distill_config(directory)
     if format == "lora":
         family = find_family(_pipeline_class(config, directory, base_model))
@@ -182,6 +182,22 @@ def student_scheduler(config: StudentConfig, family: Family) -> FewStepFlowSched
     raise ValueError(f"A few-step student of the {family.name} family does not run in its stock pipeline: {reason}.")
 
 
+def student_directory(directory: str | os.PathLike) -> Path:
+    """
+    The student's directory, downloaded if it is a Hub id.
+
+    Raises:
+        `ValueError`: There is no such directory.
+    """
+    path = Path(directory).expanduser()
+    if path.is_dir():
+        return path
+    if isinstance(directory, Path) or not _is_hub_id(str(directory)):
+        raise ValueError(f"No such directory: {os.fspath(directory)!r} (and a Hub id looks like 'organisation/name').")
+    patterns = [CONFIG_FILE, ADAPTER_FILE, "base_adapters/*"]
+    return Path(snapshot_download(str(directory), allow_patterns=patterns))
+
+
 def _export_lora(directory: Path, config: StudentConfig, output: Path, family: Family) -> Path:
     scheduler: SchedulerMixin = student_scheduler(config, family)
     if _stock_scheduler_is_exact(config):
@@ -191,7 +207,7 @@ def _export_lora(directory: Path, config: StudentConfig, output: Path, family: F
     bases = [_copy_base_adapter(i, base, directory, output) for i, base in enumerate(config.base_adapters)]
     if output.resolve() != directory.resolve():
         shutil.copyfile(directory / ADAPTER_FILE, output / ADAPTER_FILE)
-    _save_scheduler(scheduler, output / "scheduler")
+    save_scheduler(scheduler, output / "scheduler")
     write_distill_config(output, **dataclasses.asdict(dataclasses.replace(config, base_adapters=bases)))
     return output
 
@@ -216,7 +232,8 @@ def _copy_base_adapter(i: int, adapter: str, directory: Path, output: Path) -> s
     return target.parent.relative_to(output).as_posix()
 
 
-def _save_scheduler(scheduler: SchedulerMixin, folder: Path) -> None:
+def save_scheduler(scheduler: SchedulerMixin, folder: Path) -> None:
+    """Write a scheduler, with its source beside it where diffusers does not have the class."""
     scheduler.save_pretrained(folder)
     if isinstance(scheduler, FewStepFlowScheduler):
         shutil.copyfile(inspect.getfile(scheduler_file), folder / f"{SCHEDULER_MODULE}.py")
@@ -228,7 +245,7 @@ def _why_not_skyreels(config: StudentConfig, family: Family) -> str | None:
     if config.frames_per_block == 1:
         return "SkyReelsV2Transformer3DModel masks blocks of two or more latent frames, and this one's have one"
     if config.window is not None:
-        return f"the format attends to all of the past, and this student to a window of {config.window} latent frames"
+        return f"the format attends to all of the past, and this student's window has {config.window} latent frames"
     if config.context_noise:
         return f"the format's past is clean, and this student's has context_noise={config.context_noise:g}"
     return None
@@ -249,7 +266,7 @@ def _export_skyreels(directory: Path, config: StudentConfig, output: Path, pipe:
     staging = output.with_name(f"_{output.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     SkyReelsV2DiffusionForcingPipeline(**parts, transformer=transformer, scheduler=scheduler).save_pretrained(staging)
-    _save_scheduler(scheduler, staging / "scheduler")
+    save_scheduler(scheduler, staging / "scheduler")
     index = json.loads((staging / "model_index.json").read_text())
     index["scheduler"] = [SCHEDULER_MODULE, FewStepFlowScheduler.__name__]
     (staging / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -330,16 +347,6 @@ def _resolve(name: str | os.PathLike, directory: Path) -> Path | str:
     if isinstance(name, Path) or not _is_hub_id(str(name)):
         raise ValueError(f"There is nothing at {os.fspath(name)!r} (and a Hub id looks like 'organisation/name').")
     return str(name)
-
-
-def _local_directory(directory: str | os.PathLike) -> Path:
-    path = Path(directory).expanduser()
-    if path.is_dir():
-        return path
-    if isinstance(directory, Path) or not _is_hub_id(str(directory)):
-        raise ValueError(f"No such directory: {os.fspath(directory)!r} (and a Hub id looks like 'organisation/name').")
-    patterns = [CONFIG_FILE, ADAPTER_FILE, "base_adapters/*"]
-    return Path(snapshot_download(str(directory), allow_patterns=patterns))
 
 
 def _is_hub_id(name: str) -> bool:
