@@ -10,6 +10,7 @@ from accelerate import PartialState
 from huggingface_hub import constants
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data import BucketSampler, CachedDataset, VideoDataset, build_cache, plan_dataset, standardize_columns
@@ -17,7 +18,7 @@ from ..models import Condition
 from .base_trainer import VideoTrainer
 from .checkpoint import weights_fingerprint
 from .clip_config import ClipConfig
-from .draws import DrawDataset, DrawSampler
+from .draws import DrawDataset, DrawSampler, draw_seed
 
 
 class ClipTrainer(VideoTrainer):
@@ -153,6 +154,29 @@ class ClipTrainer(VideoTrainer):
             seed=args.seed if args.data_seed is None else args.data_seed,
         )
         return DrawSampler(order, args.seed)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if not isinstance(dataset, DrawDataset):
+            dataset = DrawDataset(self.prepare_dataset(dataset, "eval"))
+        args, batches = self.args, []
+        for bucket in sorted(set(dataset.buckets)):
+            members = [i for i, b in enumerate(dataset.buckets) if b == bucket]
+            keys = [(i, draw_seed(args.seed, i)) for i in members]
+            size = args.per_device_eval_batch_size
+            batches += [keys[start : start + size] for start in range(0, len(keys), size)]
+        # every process runs equally many batches (sharded weights need that); surplus ones do not count
+        surplus = [[(i, -1) for i, _ in batches[0]]] * (-len(batches) % args.world_size)
+        mine = (batches + surplus)[args.process_index :: args.world_size]
+        return DataLoader(
+            dataset,
+            batch_sampler=mine,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            generator=torch.Generator(),  # else each evaluation would advance the generator of training
+        )
 
     def clean_latents(self, inputs: dict) -> tuple[Tensor, Tensor, Condition]:
         """Posterior mean and standard deviation, both (B, C, f, h, w) float32, and the condition of a batch."""
