@@ -93,6 +93,10 @@ class Roles:
     def __contains__(self, name: str) -> bool:
         return name in self._roles
 
+    def adapters(self, name: str) -> tuple[str, ...]:
+        """The adapters that are on in a role, one upon the other."""
+        return self._roles[name].adapters or ()
+
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The trained weights of a role, by their names in its module."""
         return self._roles[name].parameters
@@ -101,6 +105,11 @@ class Roles:
     def current(self) -> str:
         """The active role."""
         return self._current[0]
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the active role's weights get no gradient."""
+        return self._current[1]
 
     @contextlib.contextmanager
     def active(self, name: str, *, frozen: bool = False) -> Iterator[nn.Module]:

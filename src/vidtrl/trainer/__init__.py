@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 _EXPORTS = {
     "EMACallback": ".callbacks",
     "ValidationVideoCallback": ".callbacks",
+    "VideoDistillConfig": ".distill_config",
+    "VideoDistillTrainer": ".distill_trainer",
     "VideoGRPOConfig": ".grpo_config",
     "VideoGRPOTrainer": ".grpo_trainer",
     "VideoProgressCallback": ".callbacks",
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from .base_config import VideoTrainingConfig
     from .base_trainer import VideoTrainer
     from .callbacks import EMACallback, ValidationVideoCallback, VideoProgressCallback
+    from .distill_config import VideoDistillConfig
+    from .distill_trainer import VideoDistillTrainer
     from .grpo_config import VideoGRPOConfig
     from .grpo_trainer import VideoGRPOTrainer
     from .sft_config import VideoSFTConfig

@@ -5,6 +5,7 @@ that overrides [`VideoTrainer.prepare_datasets`] and `compute_loss`.
 """
 
 import contextlib
+import inspect
 import os
 import shutil
 import time
@@ -236,6 +237,22 @@ class VideoTrainer(Trainer):
             model, torch_dtype=dtype, quantization_config=quantization_config, **load_kwargs
         )
 
+    def fill_shape(self) -> None:
+        """
+        Take the pipeline's own size for what is not set of height, width and num_frames.
+
+        Raises:
+            `ValueError`: If it has none.
+        """
+        args, model = self.args, self.video_model
+        parameters = inspect.signature(type(model.pipe).__call__).parameters
+        for name, argument in (("height",) * 2, ("width",) * 2, ("num_frames", model.family.frames_argument)):
+            if getattr(args, name) is None:
+                default = parameters[argument].default
+                if not isinstance(default, int):
+                    raise ValueError(f"set {name}: {type(model.pipe).__name__} has no size of its own")
+                setattr(args, name, default)
+
     def prepare_datasets(self, train_dataset, eval_dataset) -> tuple[Any, Any]:
         """Turn the user's datasets into what `compute_loss` needs. Called once, before the adapter is injected."""
         return train_dataset, eval_dataset
@@ -431,11 +448,19 @@ class VideoTrainer(Trainer):
         self.num_skipped_batches += 1
         self._skipped_since_log += 1 / self.args.gradient_accumulation_steps
         # connected to every trainable weight, so that all processes still reduce the same gradients
-        return sum((p * 0).sum() for p in self.model.parameters() if p.requires_grad)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = trained or list(self.policies.parameters(self.policies.current).values())
+        return sum((p * 0).sum() for p in trained)
 
     def _clip_grad_norm(self, model: nn.Module):
-        # A finite loss can have a NaN gradient, which would poison the weights and the next checkpoint
-        norm = super()._clip_grad_norm(model)
+        # A finite loss can have a NaN gradient, which would poison the weights and the next checkpoint. And the Trainer's own
+        # knows one set of weights, all inside the model
+        groups = self.clip_groups()
+        if groups is None:
+            norm = super()._clip_grad_norm(model)
+        else:
+            norms = [nn.utils.clip_grad_norm_(group, self.args.max_grad_norm) for group in groups]
+            norm = torch.stack(norms).norm()
         if self.args.fp16 or norm is None or torch.isfinite(torch.as_tensor(norm)):
             return norm  # float16 overflows now and then: its gradient scaler skips such steps
         what = f"the gradient is {float(norm)} at step {self.state.global_step + 1}, though the loss is finite"
@@ -443,8 +468,12 @@ class VideoTrainer(Trainer):
             raise ValueError(f"{what}. Lower learning_rate, or set on_nan='skip' to leave such steps out")
         logger.warning(f"{what}: skipped")
         self.num_skipped_batches += self.is_world_process_zero()  # the same step on every process
-        model.zero_grad()
+        self.optimizer.zero_grad()
         return norm
+
+    def clip_groups(self) -> list[list[nn.Parameter]] | None:
+        """Sets of weights whose gradient norms are clipped each for itself; `None` for all weights of the model together."""
+        return None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -500,6 +529,20 @@ class VideoTrainer(Trainer):
                     save_file(weights, staging / "diffusion_pytorch_model.safetensors")
                 publish(staging, directory / self.denoiser_name)
         (directory / "training_args.json").write_text(self.args.to_json_string())
+        self.save_extras(directory)
+
+    def save_extras(self, directory: Path) -> None:
+        """Called on the process that saves, for what else belongs beside the weights."""
+
+    def save_rank_state(self, directory: Path) -> None:
+        """Called on every process while a checkpoint is written, for what each of them has to find again."""
+
+    def load_rank_state(self, directory: Path) -> None:
+        """Called on every process when a run resumes."""
+
+    def role_weights(self) -> dict[str, Tensor]:
+        """Weights of further policies, by name: saved with every checkpoint and filled in place when a run resumes."""
+        return {f"{role}.{name}": t for role, weights in self.roles.items() for name, t in weights.average.items()}
 
     def _load_weights(self, directory: str | os.PathLike) -> None:
         model = self._unwrapped()
@@ -524,11 +567,11 @@ class VideoTrainer(Trainer):
             with torch.no_grad():
                 for name, parameter in self.average.parameters.items():
                     parameter.copy_(weights[name])
-        if self.roles:
+        if weights := self.role_weights():
             saved = load_file(Path(resume_from_checkpoint, ROLE_WEIGHTS))
-            for role, weights in self.roles.items():
-                for name, tensor in weights.average.items():
-                    tensor.copy_(saved[f"{role}.{name}"])
+            for name, tensor in weights.items():
+                tensor.copy_(saved[name])
+        self.load_rank_state(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         # The Trainer's own would not find the files, log that, and silently keep the last weights
@@ -554,6 +597,7 @@ class VideoTrainer(Trainer):
                 self._save_optimizer_and_scheduler(str(staging))
                 self._save_scaler(str(staging))
                 self._save_rng_state(str(staging))
+                self.save_rank_state(staging)
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(final)
             if self.args.should_save:
@@ -587,15 +631,8 @@ class VideoTrainer(Trainer):
             raw = {name: p.detach().cpu() for name, p in self.average.parameters.items()}
             raw["num_updates"] = torch.tensor(self.average.num_updates)
             save_file(raw, directory / RAW_WEIGHTS)
-        if self.roles:
-            save_file(
-                {
-                    f"{role}.{name}": t.cpu()
-                    for role, weights in self.roles.items()
-                    for name, t in weights.average.items()
-                },
-                directory / ROLE_WEIGHTS,
-            )
+        if weights := self.role_weights():
+            save_file({name: t.cpu().contiguous() for name, t in weights.items()}, directory / ROLE_WEIGHTS)
 
     # ---- Hub ----
 

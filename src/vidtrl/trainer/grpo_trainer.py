@@ -17,7 +17,6 @@ Left out: learned rewards' gradients (ReFL), per-token entropy terms, rollout en
 
 import contextlib
 import hashlib
-import inspect
 import json
 import os
 import random
@@ -208,13 +207,7 @@ class VideoGRPOTrainer(VideoTrainer):
 
     def prepare_datasets(self, train_dataset, eval_dataset):
         args, model = self.args, self.video_model
-        parameters = inspect.signature(type(model.pipe).__call__).parameters
-        for name, argument in (("height",) * 2, ("width",) * 2, ("num_frames", model.family.frames_argument)):
-            if getattr(args, name) is None:
-                default = parameters[argument].default
-                if not isinstance(default, int):
-                    raise ValueError(f"set {name}: {type(model.pipe).__name__} has no size of its own")
-                setattr(args, name, default)
+        self.fill_shape()
         if args.guidance_scale != 1.0 and model.pipe.components[self.denoiser_name].config.get("guidance_embeds"):
             raise ValueError(
                 f"guidance is distilled into this {type(model.pipe).__name__}: set guidance_scale=1.0, or every step "

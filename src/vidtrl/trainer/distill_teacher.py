@@ -1,0 +1,164 @@
+"""The teacher of a distillation: where its latents, text and trajectories come from."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..data.store import write_atomic
+from ..models import VideoModel
+
+
+def load_teacher(
+    teacher: str | os.PathLike | DiffusionPipeline, student: VideoModel, dtype: torch.dtype
+) -> VideoModel:
+    """
+    A teacher of its own, frozen.
+
+    Args:
+        teacher (`str`, `PathLike` or `DiffusionPipeline`): Another model with the same latent space, of any size; a pipeline may be quantised or offloaded.
+        student ([`VideoModel`]): Whose latents it has to understand.
+        dtype (`torch.dtype`): To load a path or Hub id in.
+
+    Raises:
+        `ValueError`: If the latents of the two mean different things; says in what.
+    """
+    options = {} if isinstance(teacher, DiffusionPipeline) else {"torch_dtype": dtype}
+    model = VideoModel.from_pretrained(teacher, **options)
+    if len(model.denoisers) > 1:
+        raise ValueError(
+            f"{type(model.pipe).__name__} has two experts here; a teacher has one denoiser for all noise levels"
+        )
+    problems = []
+    for name in ("temporal_factor", "spatial_factor"):
+        ours, theirs = getattr(student, name), getattr(model, name)
+        if ours != theirs:
+            problems.append(f"{name.replace('_', ' ')} {theirs} instead of {ours}")
+    shape = student.nearest_frames(17), *student.nearest_size(64, 64)
+    if not problems and student.latent_shape(*shape)[0] != model.latent_shape(*shape)[0]:
+        problems.append(f"{model.latent_shape(*shape)[0]} channels instead of {student.latent_shape(*shape)[0]}")
+    if not problems:
+        probe = torch.ones(1, student.latent_shape(*shape)[0], 1, 1, 1)
+        if not torch.allclose(student.denormalize(probe), model.denormalize(probe), rtol=1e-3, atol=1e-3):
+            problems.append("another normalisation of the latents")
+        ours, theirs = (
+            {n: v for n, v in m.pipe.vae.config.items() if not n.startswith("_")} for m in (student, model)
+        )
+        different = sorted(n for n in {*ours, *theirs} if ours.get(n) != theirs.get(n))
+        if different:
+            problems.append(f"another VAE (its configuration differs in {', '.join(different)})")
+    if problems:
+        raise ValueError(
+            f"teacher and student do not share a latent space: the teacher has {'; '.join(problems)}. Take a teacher with the "
+            "student's VAE, such as Wan 2.1 14B for Wan 2.1 1.3B"
+        )
+    for module in model.denoisers.values():
+        module.requires_grad_(False).eval()
+    return model
+
+
+class Joined(Dataset):
+    """
+    Items of a dataset, with the conditions of others of the same rows under further names.
+
+    Args:
+        dataset (`CachedDataset` or `VideoDataset`): What the items are.
+        **conditions (`CachedDataset`): By the name under which an item gets their `condition`.
+    """
+
+    def __init__(self, dataset, **conditions):
+        self.dataset, self.conditions = dataset, conditions
+
+    @property
+    def buckets(self) -> list[int]:
+        """The bucket of each item."""
+        return self.dataset.buckets
+
+    @property
+    def sample_ids(self) -> list[str]:
+        """The name of each item."""
+        return self.dataset.sample_ids
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        extra = {name: other[index]["condition"] for name, other in self.conditions.items()}
+        return {**self.dataset[index], **extra}
+
+
+class Trajectories:
+    """
+    Points of the teacher's trajectories at the student's noise levels, and their ends; each computed once and kept on disk.
+
+    Args:
+        directory (`Path`): Where; a folder for each set of settings.
+        settings (`dict`): JSON-able; all that the trajectories depend on.
+
+    Example:
+
+    ```python
+    >>> trajectories = Trajectories(Path("run/trajectories"), {"guidance": 4.0})
+    >>> states = trajectories.get([0, 1], make)  # make([0, 1]) -> (2, S + 1, C, f, h, w), called for what is missing
+    ```
+    """
+
+    def __init__(self, directory: Path, settings: dict):
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
+        self.directory = directory / digest
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.directory / "settings.json", json.dumps(settings, indent=1, sort_keys=True, default=str))
+
+    def get(self, rows: list[int], make: Callable[[list[int]], Tensor]) -> Tensor:
+        """
+        Args:
+            rows (`list[int]`): Rows of the dataset.
+            make (`Callable`): `make(rows)`: the states of those that are missing, (n, S + 1, C, f, h, w).
+
+        Returns:
+            `Tensor`: (B, S + 1, C, f, h, w) float32 on the CPU; the last state is the clean end.
+        """
+        missing = [row for row in dict.fromkeys(rows) if not self._path(row).is_file()]
+        if missing:
+            for row, states in zip(missing, make(missing).to("cpu", torch.float16), strict=True):
+                write_atomic(self._path(row), lambda path, s=states: save_file({"states": s.contiguous()}, path))
+        # read back even what was just made: a resumed run sees the same bits
+        return torch.stack([load_file(self._path(row))["states"] for row in rows]).float()
+
+    def _path(self, row: int) -> Path:
+        return self.directory / f"{row:08d}.safetensors"
+
+
+def trajectory_grid(denoising_steps: list[float], teacher_steps: int) -> tuple[Tensor, list[int]]:
+    """
+    A grid of unshifted times that contains the student's and is about as fine everywhere.
+
+    Args:
+        denoising_steps (`list[float]`): The student's timesteps, decreasing, in (0, 1000].
+        teacher_steps (`int`): Steps from 1000 to 0.
+
+    Returns:
+        `tuple[Tensor, list[int]]`: Times in [0, 1], decreasing, and where in it the student's are; the last one is 0.
+
+    Example:
+
+    ```python
+    >>> grid, where = trajectory_grid([1000, 500], teacher_steps=4)
+    >>> grid.tolist(), where
+    ([1.0, 0.75, 0.5, 0.25, 0.0], [0, 2, 4])
+    ```
+    """
+    marks = [*([] if denoising_steps[0] == 1000 else [1000.0]), *map(float, denoising_steps), 0.0]
+    grid, where = [marks[0] / 1000], [0]
+    for start, stop in zip(marks, marks[1:], strict=False):
+        number = max(1, round(teacher_steps * (start - stop) / 1000))
+        grid += [(start + (stop - start) * (i + 1) / number) / 1000 for i in range(number)]
+        where.append(len(grid) - 1)
+    return torch.tensor(grid), where[-len(denoising_steps) - 1 :]

@@ -1,0 +1,816 @@
+"""Distillation of video diffusion models into few-step and streaming students.
+
+Stage 4 of https://huggingface.co/papers/2604.25427 and the methods it builds on. Three roles on one frozen base: the
+student G, the fake score F (a model of what the student generates) and the teacher R. Distribution matching (DMD2,
+https://huggingface.co/papers/2405.14867; Self Forcing, https://huggingface.co/papers/2506.08009) needs prompts only:
+
+    x    = the student's sample: few steps, or block by block with a KV cache; only its exit step has a gradient
+    x_s  = (1 - s) x + s e
+    student step:      d loss / d x  ~  F.x0(x_s) - [R.x0(x_s, no text) + w (R.x0(x_s, text) - R.x0(x_s, no text))]
+    fake score step:   || F.v(x_s) - (e - x) ||^2
+
+Consistency distillation (LCM, rCM) and regression on the teacher's trajectories (CausVid) train the student alone.
+An optimizer step is one role's turn, told by the global step, so accumulation and resuming cannot mix them up.
+Left out: the GAN terms of DMD2 and Self Forcing, and rewards inside distillation.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import os
+import random
+from pathlib import Path
+
+import torch
+from accelerate.utils import AutocastKwargs
+from datasets import Dataset, IterableDataset
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, PeftConfig
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..data import BucketSampler
+from ..diffusion import consistency as cm
+from ..diffusion import distribution_matching as dm
+from ..diffusion import flow
+from ..inference.distill_config import StudentConfig, write_distill_config
+from ..inference.export import save_scheduler, student_scheduler
+from ..models import Condition, VideoModel
+from ..models.causal import CausalAttention, KVCache
+from ..rollout.causal import causal_rollout
+from ..rollout.few_step import few_step_rollout
+from .clip_data import ClipTrainer, collate
+from .distill_config import VideoDistillConfig
+from .distill_logging import RunningMeans
+from .distill_streams import Stream, Streams
+from .distill_teacher import Joined, Trajectories, load_teacher, trajectory_grid
+from .draws import DrawDataset, DrawSampler, draw_seed, generators, randn
+from .lora import load_adapter
+
+
+class VideoDistillTrainer(ClipTrainer):
+    """
+    Few-step and streaming students of any supported diffusers video pipeline.
+
+    Args:
+        model (`str`, `PathLike` or `DiffusionPipeline`):
+            Hub id, local path, or a loaded pipeline. Adapters that it carries (or `base_adapters`) stay under all roles: the
+            teacher is then the model after SFT and GRPO, and nothing is merged.
+        teacher_model (`str`, `PathLike` or `DiffusionPipeline`, *optional*):
+            Another teacher with the same latent space; `None` is the model itself. A loaded pipeline stays where it is and may
+            be quantised or offloaded.
+        args ([`VideoDistillConfig`], *optional*):
+            Configuration. Default: `recipe="dmd2"` at the pipeline's own size.
+        train_dataset (`Dataset` or `IterableDataset`):
+            A column `prompt`; with `rollout="data"` also `video`. `image` for image-to-video models.
+        eval_dataset (`Dataset`, `IterableDataset` or a dict of them, *optional*):
+            Held-out rows for the losses of `evaluate`.
+        callbacks (`list[TrainerCallback]`, *optional*):
+            Added to the default ones.
+        optimizers (`tuple`, *optional*):
+            Optimizer and scheduler; default: one AdamW with a group for the student and one for the fake score.
+        quantization_config (*optional*):
+            A diffusers quantisation configuration, used while loading `model` (an id or path).
+        peft_config (`LoraConfig`, *optional*):
+            Student and fake score are adapters of this shape on one frozen base. `None` trains all weights of two copies
+            beside a frozen one.
+
+    Raises:
+        `TypeError`, `ValueError`: For arguments that do not fit, with the fix in the message.
+
+    Example:
+
+    ```python
+    from datasets import Dataset
+    from peft import LoraConfig
+    from vidtrl import VideoDistillConfig, VideoDistillTrainer
+
+    trainer = VideoDistillTrainer(
+        model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        args=VideoDistillConfig("wan-4-steps", height=480, width=832, num_frames=81, max_steps=3000),
+        train_dataset=Dataset.from_dict({"prompt": ["a red circle moving right", "a cat surfing a wave"]}),
+        peft_config=LoraConfig(r=64, lora_alpha=64),
+    )
+    trainer.train()
+    trainer.save_model()
+    ```
+    """
+
+    _name = "Distillation"
+    _tag_names = ["vidtrl", "distillation"]
+    _role = "student"
+
+    def __init__(
+        self,
+        model: str | os.PathLike | DiffusionPipeline,
+        teacher_model: str | os.PathLike | DiffusionPipeline | None = None,
+        args: VideoDistillConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        quantization_config=None,
+        peft_config: PeftConfig | None = None,
+    ):
+        if args is None:
+            name = type(model).__name__ if isinstance(model, DiffusionPipeline) else os.fspath(model)
+            args = VideoDistillConfig(f"{name.rstrip('/').split('/')[-1]}-Distilled")
+        if not isinstance(args, VideoDistillConfig):
+            raise TypeError(f"args must be a VideoDistillConfig, not {type(args).__name__}")
+        if train_dataset is None:
+            columns = "columns prompt and video" if args.rollout == "data" else "column prompt"
+            raise ValueError(f"train_dataset is required: a datasets.Dataset with the {columns}")
+        if isinstance(peft_config, LoraConfig):
+            if peft_config.lora_dropout:
+                raise ValueError("lora_dropout must be 0: rollouts and scores have to see the same roles")
+            if peft_config.modules_to_save or peft_config.bias != "none":
+                raise ValueError("modules_to_save and bias train weights that the roles share: leave them out")
+        if args.init_adapter is not None and peft_config is None:
+            raise ValueError("init_adapter is the start of an adapter: pass peft_config as well")
+        for name, rates in args.recipe_rates.items():
+            setattr(args, name, rates[peft_config is None])
+        self._teacher_model = teacher_model
+        self.teacher: VideoModel | None = None  # the student's own model, unless it is another
+        self.causal: CausalAttention | None = None
+        self.trajectories: Trajectories | None = None
+        self.streams: Streams | None = None
+        self.latent_shape: tuple[int, int, int, int] | None = None  # of all videos, unless clips fall into buckets
+        self._negatives: dict[tuple, Condition] = {}
+        self.means = RunningMeans()
+        self._micro_step = 0
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            data_collator=collate,
+        )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "distillation switches roles between and within steps, which does not work with sharded weights (FSDP, "
+                "DeepSpeed): use --accelerate_config multi_gpu; with peft_config all roles share one copy of the base"
+            )
+        self._add_roles(peft_config)
+        if args.stream_num_frames is not None:
+            frames = self.latent_shape[1]
+            seen = args.stream_num_frames if args.window is None else args.window - args.sink - args.frames_per_block
+            self.streams = Streams(
+                args.stream_num_frames, frames - args.stream_overlap, max(seen, args.stream_overlap), args.sink,
+                args.prompt_switch,
+            )  # fmt: skip
+
+    # ---- Roles ----
+
+    def _add_roles(self, peft_config: PeftConfig | None) -> None:
+        """Fake score and teacher beside the student: adapters on its base, or copies of its module."""
+        args, student = self.args, self.model
+        if peft_config is not None:
+            if args.init_adapter is not None:
+                load_adapter(student, args.init_adapter)
+                if self.average is not None:
+                    self.average.reset()
+            below = self.policies.adapters("base")
+            if args.matches_distributions:
+                student.add_adapter("fake", copy.deepcopy(student.peft_config["default"]))
+                self.policies.add("fake", student, (*below, "fake"), trained=True)
+            self.policies.add("teacher", student, below)
+            self.policies.add("student", student, (*below, "default"), trained=True)  # knows the new layers, too
+        else:
+            if args.matches_distributions:
+                self.policies.add("fake", copy.deepcopy(student), trained=True)
+            if self.teacher is self.video_model:
+                self.policies.add("teacher", copy.deepcopy(student).requires_grad_(False))
+        if self.teacher is not self.video_model:
+            self.policies.add("teacher", next(iter(self.teacher.denoisers.values())))
+
+    def forward_states(self) -> list:
+        return super().forward_states() + ([self.causal] if self.causal is not None else [])
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            rates = {"student": self.args.learning_rate, "fake": self.args.fake_learning_rate}
+            groups = [
+                {"params": list(self.policies.parameters(role).values()), "lr": rate}
+                for role, rate in rates.items()
+                if role in self.policies
+            ]
+            # a role whose turn it is not has no gradients, and the optimizer passes over it, state and decay included
+            self.optimizer = kind(groups, **{**kwargs, "weight_decay": self.args.weight_decay})
+        return self.optimizer
+
+    def role_weights(self) -> dict[str, Tensor]:
+        fake = self.policies.parameters("fake") if "fake" in self.policies else {}
+        return super().role_weights() | {f"fake.{name}": parameter.data for name, parameter in fake.items()}
+
+    def clip_groups(self) -> list[list[nn.Parameter]]:
+        return [list(self.policies.parameters(role).values()) for role in ("student", "fake") if role in self.policies]
+
+    # ---- Dataset: prompts (or clips) -> conditions (and latents) ----
+
+    def prepare_datasets(self, train_dataset, eval_dataset):
+        args, model = self.args, self.video_model
+        if len(model.denoisers) > 1:
+            raise ValueError(
+                f"{type(model.pipe).__name__} has two experts here, which one few-step student cannot follow: distil a model "
+                "with one denoiser, such as Wan 2.1 or Wan 2.2 5B"
+            )
+        if args.resolution is None and args.buckets is None:
+            self.fill_shape()
+            self.latent_shape = model.latent_shape(args.num_frames, args.height, args.width)
+        elif self.prompts_only:
+            raise ValueError("resolution and buckets are for clips: set height, width and num_frames")
+        if args.is_causal:
+            self.causal = CausalAttention(model)
+            if self.latent_shape is not None:
+                self.causal.check_frames(self.latent_shape[1], args.frames_per_block)
+        if args.stream_num_frames is not None and self.latent_shape[1] <= args.stream_overlap:
+            raise ValueError(
+                f"num_frames={args.num_frames} are {self.latent_shape[1]} latent frames, no more than stream_overlap="
+                f"{args.stream_overlap}: a window must bring new frames"
+            )
+        self.teacher = model
+        if self._teacher_model is not None:
+            self.teacher = load_teacher(self._teacher_model, model, model.denoisers[self.denoiser_name].dtype)
+            if not isinstance(self._teacher_model, DiffusionPipeline):
+                self.teacher.pipe.to(args.device)
+        config = next(iter(self.teacher.denoisers.values())).config
+        if args.teacher_guidance_scale != 1.0 and config.get("guidance_embeds"):
+            raise ValueError(
+                f"guidance is distilled into this {type(self.teacher.pipe).__name__}: set teacher_guidance_scale=1.0"
+            )
+        if (
+            args.consistency == "continuous"
+            and args.loss_type == "consistency"
+            and args.tangent == "finite_difference"
+        ):
+            if args.bf16 or model.denoisers[self.denoiser_name].dtype != torch.float32:
+                raise ValueError(
+                    "a finite difference needs float32: set bf16=False and model_init_kwargs={'dtype': 'float32'}, or "
+                    "tangent='jvp'"
+                )
+        # a student is called at exact noise levels, of which a pipeline's solver may only know the rounded timesteps
+        for each in {id(m): m for m in (model, self.teacher)}.values():
+            each.schedule.integer_timesteps = each.schedule.is_vp and each.schedule.integer_timesteps
+        prepared = super().prepare_datasets(train_dataset, eval_dataset)
+        self.sigmas = self.noise_levels(torch.tensor(args.denoising_steps) / 1000).tolist()
+        if self.teacher is not model:
+            self.teacher.offload_encoders()
+        if args.loss_type == "ode_regression":
+            self.trajectories = Trajectories(Path(args.output_dir, "trajectories"), self._trajectory_settings())
+        self._set_scheduler()
+        return prepared
+
+    @property
+    def prompts_only(self) -> bool:
+        return self.args.rollout != "data"
+
+    def prepare_dataset(self, dataset, split: str):
+        """Conditions (and latents) as in every trainer, with those of the teacher and of its guidance beside them."""
+        args, prepared = self.args, super().prepare_dataset(dataset, split)
+        rows, plan = self._clips[split]
+        own = self.teacher is not self.video_model and self._text(self.teacher) != self._text(self.video_model)
+        extra = {}
+        if own:
+            extra["teacher_condition"] = self.build_cache(rows, plan, text_only=True, model=self.teacher)
+        if args.teacher_guidance_scale != 1.0:
+            if self.teacher.family.image:  # every prompt's other branch has its image
+                negative = {"model": self.teacher, "negative_prompt": args.negative_prompt}
+                extra["negative_condition"] = self.build_cache(rows, plan, text_only=True, **negative)
+            else:
+                for num_frames, height, width in plan.buckets:
+                    row = {"prompt": args.negative_prompt, "fps": args.fps}
+                    condition = self.condition(row, height, width, num_frames, model=self.teacher, negative=True)
+                    self._negatives[condition.latent_shape] = condition.to(args.device)
+        if own and not args.cache and not self.prompts_only:
+            raise ValueError("a teacher with a text encoder of its own needs cache=True")
+        return Joined(prepared, **extra) if extra else prepared
+
+    def _text(self, model: VideoModel) -> dict:
+        """What two models must share to take each other's conditions."""
+        fingerprint = self.cache_fingerprint(model)
+        encoders = {n: h for n, h in fingerprint["encoders"].items() if n != "vae"}
+        return {"pipeline": fingerprint["pipeline"], "encoders": encoders}
+
+    def data_summary(self) -> dict:
+        return {**super().data_summary(), "sha256 of prompts": self._prompts_digest()}
+
+    def _prompts_digest(self) -> str:
+        rows, _ = self._clips["train"]
+        digest = hashlib.sha256()
+        for prompt in rows["prompt"] if isinstance(rows, Dataset) else [row["prompt"] for row in rows]:
+            digest.update(prompt.encode() + b"\0")
+        return digest.hexdigest()[:16]
+
+    def _identity(self) -> dict:
+        args = self.args
+        method = {name: getattr(args, name) for name in ("recipe", "loss_type", "rollout", "denoising_steps")}
+        return {**super()._identity(), "method": method}
+
+    def train_sampler(self, dataset: DrawDataset) -> DrawSampler:
+        args = self.args
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        seed = args.seed if args.data_seed is None else args.data_seed
+        order = BucketSampler(dataset.buckets, batch_size=size, num_processes=args.world_size, seed=seed)
+        return DrawSampler(order, args.seed)
+
+    # ---- Whose turn it is ----
+
+    def turn(self) -> tuple[str, ...]:
+        """The roles that the present optimizer step trains: the fake score first, the student after so many updates."""
+        args, step = self.args, self.state.global_step
+        number = args.fake_updates_per_student
+        if not args.matches_distributions:
+            return ("student",)
+        if args.critic_schedule == "exclusive":
+            return ("student",) if step % (number + 1) == number else ("fake",)
+        return ("student", "fake") if step % number == number - 1 else ("fake",)
+
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> Tensor:
+        """A micro-batch of the present turn. Gradients stay local until the last one of the step."""
+        model.train()
+        inputs, skipped = self._prepare_inputs(inputs), self.num_skipped_batches
+        roles, share, total, x = self.turn(), 1 / self.current_gradient_accumulation_steps, 0.0, None
+        for role in roles:
+            with self.policies.active(role):
+                # a weight that was cast in a rollout without gradient must be cast again where there is one
+                with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
+                    loss, x = self.student_loss(inputs) if role == "student" else self.fake_loss(inputs, x)
+                self.means.add(f"loss/{role}", loss)
+                loss = self.finite_or_skip(loss, inputs["sample_ids"]) * share
+                self.policies.require(role)
+                self.accelerator.backward(loss.float())
+            total += loss.detach()
+        self._micro_step += 1
+        if self.accelerator.sync_gradients:
+            self._micro_step = 0
+            self.exchange_gradients(roles, check=self.num_skipped_batches == skipped)
+        return total
+
+    def exchange_gradients(self, roles: tuple[str, ...], check: bool = True) -> None:
+        """
+        Average the gradients of a step's roles over all processes, in one message a role.
+
+        By hand: a step has any number of forwards without a backward, and weights without gradients, both of which
+        DistributedDataParallel's own exchange does not take. It never starts, as its forward is not called.
+
+        Raises:
+            `RuntimeError`: If a trained role has no gradient, or exactly none, or another role has one.
+        """
+        self.policies.check_gradients(*roles)
+        for role in roles:
+            parameters = list(self.policies.parameters(role).values())
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            if self.args.world_size > 1:
+                flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
+                parts = flat.split([p.numel() for p in parameters])
+                gradients = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient
+            if check and not any(bool(g.count_nonzero()) for g in gradients):
+                raise RuntimeError(
+                    f"the gradient of the role {role!r} is exactly zero at step {self.state.global_step + 1}: its forward does "
+                    "not depend on its weights"
+                )
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
+        """The loss of the active role; training goes through [`training_step`], which activates them in turn."""
+        loss, x = self.fake_loss(inputs) if self.policies.current == "fake" else self.student_loss(inputs)
+        return (loss, {"latents": x}) if return_outputs else loss
+
+    # ---- Loss ----
+
+    def student_loss(self, inputs: dict) -> tuple[Tensor, Tensor | None]:
+        """The student's loss, and the sample it was computed on, where there is one."""
+        args, sources = self.args, generators(inputs["draws"], self.args.device)
+        if args.loss_type == "ode_regression":
+            return self._regression_loss(inputs, sources), None
+        if args.loss_type == "consistency":
+            of_clips = self._discrete_loss if args.consistency == "discrete" else self._continuous_loss
+            loss = of_clips(inputs, sources)
+            if not args.dmd_weight:
+                return loss, None
+            matching, x = self._matching_loss(inputs, sources)
+            return loss + args.dmd_weight * matching, x
+        return self._matching_loss(inputs, sources)
+
+    def _matching_loss(self, inputs: dict, sources: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """DMD (https://huggingface.co/papers/2311.18828, eq. 7) or SiD (https://huggingface.co/papers/2404.04057)."""
+        args = self.args
+        x, mask = self.rollout(inputs, sources, grad=True)
+        sigma = self.score_sigma(sources)
+        noise = randn(x.shape[1:], sources)
+        if args.loss_type == "sid":  # its gradient flows through both scores, and into neither's weights
+            x_s = flow.add_noise(x, noise, sigma)
+            loss = dm.sid_loss(x, self._fake_x0(x_s, sigma, inputs), self._teacher_x0(x_s, sigma, inputs), mask=mask)
+        else:
+            with torch.no_grad():
+                x_s = flow.add_noise(x, noise, sigma)
+                fake, real = self._fake_x0(x_s, sigma, inputs), self._teacher_x0(x_s, sigma, inputs)
+            loss = dm.dmd_loss(x, fake, real, mask=mask)
+            self.means.add("dmd_gradient", torch.sqrt(2 * loss))  # its root mean square
+        self.means.generated(x)
+        return loss, x.detach()
+
+    def fake_loss(self, inputs: dict, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Flow matching of the fake score on samples of the student."""
+        sources = generators(inputs["draws"], self.args.device)
+        if x is None:
+            with torch.no_grad(), self.policies.active("student"):
+                x, _ = self.rollout(inputs, sources, grad=False)
+            self.means.generated(x)
+        sigma, noise = self.score_sigma(sources), randn(x.shape[1:], sources)
+        velocity = self._velocity("fake", flow.add_noise(x, noise, sigma), sigma, self.rollout_condition(inputs))
+        error = dm.critic_loss(velocity, x, noise, self.video_model.native_weight(sigma))
+        self.means.add_by_sigma("critic_loss", sigma, error)
+        return error.mean(), x
+
+    def _discrete_loss(self, inputs: dict, sources: list[torch.Generator]) -> Tensor:
+        """f(x_n) = f(x_{n+1}) along one step of the teacher (https://huggingface.co/papers/2303.01469, eq. 7; LCM; dCM)."""
+        args = self.args
+        clean, condition = self._clean(inputs, sources)
+        noise = randn(clean.shape[1:], sources)
+        index = self._draw_index(clean, sources, args.teacher_steps - 1)  # (B,), or (B, f) with one for each block
+        grid = self.noise_levels(torch.linspace(1, 0, args.teacher_steps + 1)[:-1]).to(clean.device)
+        grid = torch.cat([grid, grid.new_zeros(1)])
+        sigma, sigma_next = grid[index], grid[index + 1]
+        x = _mix(clean, noise, sigma)
+        with torch.no_grad():
+            velocity = self._teacher_velocity(x, sigma, inputs, clean)
+            x_next = x + _frames(sigma_next - sigma) * velocity
+            with self._target_weights():
+                target = self._student_x0(x_next, sigma_next, condition, clean)
+        prediction = self._student_x0(x, sigma, condition, clean)
+        return cm.consistency_loss(prediction, target, args.consistency_weighting)
+
+    def _continuous_loss(self, inputs: dict, sources: list[torch.Generator]) -> Tensor:
+        """sCM in rCM's form (https://huggingface.co/papers/2510.08431): the derivative along the teacher's trajectory."""
+        args, model = self.args, self.video_model
+        clean, condition = self._clean(inputs, sources)
+        noise = randn(clean.shape[1:], sources)
+        mean, std = args.time_distribution
+        t = torch.atan(torch.exp(mean + std * randn((1,), sources)[:, 0])).clamp(1e-3, torch.pi / 2 - 1e-3)
+        t = t if model.per_sample_sigma else t[:1].expand(len(t))
+        sigma = cm.trig_sigma(t)
+        x_t = cm.trig_latents(flow.add_noise(clean, noise, sigma), sigma)
+        with torch.no_grad():
+            velocity = self._teacher_velocity(cm.flow_latents(x_t, t), sigma, inputs, clean)
+            teacher_F = cm.trig_velocity_from_flow(x_t, velocity, t)
+        function = cm.trig_function(lambda x, s: self._velocity("student", x, s, condition))
+        tangent = cm.jvp_tangent if args.tangent == "jvp" else cm.finite_difference_tangent
+        tangent = tangent(function, x_t, t, teacher_F)
+        r = min(1.0, (self.state.global_step + 1) / args.tangent_warmup_steps)
+        return cm.scm_loss(function(x_t, t), teacher_F, tangent, x_t, t, r=r)
+
+    def _regression_loss(self, inputs: dict, sources: list[torch.Generator]) -> Tensor:
+        """From a point of the teacher's trajectory to its end (CausVid, https://huggingface.co/papers/2412.07772, eq. 6)."""
+        by_row = {row: i for i, row in enumerate(inputs["index"])}
+        states = self.trajectories.get(
+            inputs["index"],
+            lambda rows: self._teacher_trajectories(rows, _pick(inputs, [by_row[row] for row in rows])),
+        ).to(self.args.device)
+        clean = states[:, -1]
+        index = self._draw_index(clean, sources, len(self.sigmas))
+        sigma = torch.tensor(self.sigmas, device=clean.device)[index]
+        if index.ndim == 1:
+            x = states[torch.arange(len(states)), index]
+        else:  # every frame from its own state
+            x = states.gather(1, index[:, None, None, :, None, None].expand(-1, 1, *clean.shape[1:]))[:, 0]
+        return cm.ode_regression_loss(self._student_x0(x, sigma, inputs["condition"], clean), clean, sigma)
+
+    # ---- What the student generates ----
+
+    def rollout(self, inputs: dict, sources: list[torch.Generator], grad: bool) -> tuple[Tensor, Tensor | None]:
+        """
+        A sample of the student, with gradient through its exit step.
+
+        Returns:
+            `tuple`: Clean latents (B, C, f, h, w), and a mask (1, 1, f, 1, 1) of the frames that are judged, or `None` for all.
+        """
+        args, condition = self.args, inputs["condition"]
+        if args.rollout == "data":
+            clean, condition = self._clean(inputs, sources)
+            noise = randn(clean.shape[1:], sources)
+            index = self._draw_index(clean, sources, len(self.sigmas))
+            sigma = torch.tensor(self.sigmas, device=clean.device)[index]
+            with torch.set_grad_enabled(grad):
+                return self._student_x0(_mix(clean, noise, sigma), sigma, condition, clean), None
+        # one exit for the micro-batches of a step and for all processes
+        exit_step = random.Random(draw_seed(args.seed, self.state.global_step)).randrange(len(self.sigmas))
+        exit_step = exit_step if self.model.training else len(self.sigmas) - 1
+        if args.rollout == "backward_simulation":
+            return self._few_steps(condition, sources, exit_step, grad), None
+        return self._stream_window(inputs, sources, exit_step, grad)
+
+    def _few_steps(self, condition: Condition, sources, exit_step: int | None = None, grad: bool = False) -> Tensor:
+        """All frames at once."""
+        shape = condition.latent_shape
+        with self.policies.active("student", frozen=not grad) as denoiser:
+            return few_step_rollout(
+                self.video_model, condition, randn(shape, sources), self.sigmas, draw=lambda step: randn(shape, sources),
+                sampler=self.args.sampler, exit_step=exit_step, grad=grad, denoiser=denoiser,
+            )  # fmt: skip
+
+    def _blocks(self, condition, num_frames: int, cache: KVCache, sources, exit_step=None, grad=False) -> Tensor:
+        """`num_frames` latent frames after those in `cache`."""
+        args, (c, _, h, w) = self.args, condition.latent_shape
+        block = (c, args.frames_per_block, h, w)
+        with self.policies.active("student", frozen=not grad) as denoiser, torch.set_grad_enabled(grad):
+            blocks = causal_rollout(
+                self.video_model, self.causal, condition, randn((c, num_frames, h, w), sources), self.sigmas,
+                frames_per_block=args.frames_per_block, draw=lambda number, step: randn(block, sources),
+                context_noise=args.context_noise, cache=cache, exit_step=exit_step, grad_frames=num_frames if grad else 0,
+                sampler=args.sampler, denoiser=denoiser,
+            )  # fmt: skip
+            return torch.cat(list(blocks), 2)
+
+    def _stream_window(self, inputs, sources, exit_step: int, grad: bool) -> tuple[Tensor, Tensor | None]:
+        """Self Forcing (https://huggingface.co/papers/2506.08009, algorithm 1); with `stream_num_frames` LongLive's long tuning."""
+        args, streams, micro_step = self.args, self.streams, self._micro_step
+        cache = KVCache(args.window, args.sink)
+        stream = streams.next(micro_step, inputs["index"]) if streams is not None else None
+        if stream is None:
+            x = self._blocks(inputs["condition"], inputs["condition"].latent_shape[1], cache, sources, exit_step, grad)
+            if streams is not None:
+                streams.begin(micro_step, inputs["index"], x, draw_seed(args.seed, self.state.global_step, micro_step))
+            return x, None
+        condition = self.rollout_condition(inputs)
+        self._remember(stream, cache, condition)
+        new = self._blocks(condition, streams.new_frames, cache, sources, exit_step, grad)
+        before = self._as_first_frame(stream.tail)[:, :, -args.stream_overlap :]
+        streams.extend(micro_step, new)
+        mask = torch.ones(1, 1, args.stream_overlap + streams.new_frames, 1, 1, device=new.device)
+        mask[:, :, : args.stream_overlap] = 0  # frames of an earlier step are context
+        return torch.cat([before, new], 2), mask
+
+    def rollout_condition(self, inputs: dict, name: str = "condition") -> Condition:
+        """The condition of what was rolled out: the batch's, unless a video of earlier batches is continued."""
+        stream = self.streams.streams.get(self._micro_step) if self.streams is not None else None
+        if stream is None or name not in inputs or stream.rows == inputs["index"]:
+            return inputs.get(name)
+        dataset = self.train_dataset.dataset
+        stored = [Condition.from_state(*dataset[row][name]) for row in stream.rows]
+        return Condition.cat(stored).to(self.args.device)
+
+    @torch.no_grad()
+    def _remember(self, stream: Stream, cache: KVCache, condition: Condition) -> None:
+        """Keys and values of what a stream's next block sees, with the present weights and under the present prompt."""
+        args, start = self.args, stream.position - stream.tail.shape[2]
+        with self.policies.active("student", frozen=True) as denoiser:
+            for first, latents in ((0, stream.sink[:, :, :start]), (start, stream.tail)):
+                cache.num_frames = first
+                for block in latents.split(args.frames_per_block, 2) if latents.shape[2] else ():
+                    with self.causal.cached(cache, store=True):
+                        self.video_model.velocity(block, 0.0, condition, denoiser=denoiser)
+
+    @torch.no_grad()
+    def _as_first_frame(self, tail: Tensor) -> Tensor:
+        """Teachers know windows that begin with the latent of one image: make the overlap's first latent such a one."""
+        if not self.video_model.family.frame_offset:
+            return tail
+        overlap, tail = self.args.stream_overlap, tail.clone()
+        videos = self.video_model.decode(tail[:, :, : tail.shape[2] - overlap + 1])
+        first, _ = self.video_model.encode([video[-1:] for video in videos])
+        tail[:, :, -overlap] = first[:, :, 0]
+        return tail
+
+    # ---- Roles as functions ----
+
+    def _velocity(
+        self, role: str, x: Tensor, sigma: Tensor, condition: Condition, clean: Tensor | None = None
+    ) -> Tensor:
+        """A role's velocity; of clips (`clean`), a causal model sees the context that `causal` says."""
+        args, frozen = self.args, role != self.policies.current or self.policies.frozen
+        model = self.teacher if role == "teacher" else self.video_model
+        with self.policies.active(role, frozen=frozen) as denoiser:
+            if clean is None or args.causal is None:
+                return model.velocity(x, sigma, condition, denoiser=denoiser)
+            if args.causal == "diffusion_forcing":
+                with self.causal.block_causal(args.frames_per_block):
+                    return model.velocity(x, sigma, condition, denoiser=denoiser)
+            both, levels = torch.cat([clean, x], 2), torch.cat([torch.zeros_like(sigma), sigma], 1)
+            with self.causal.teacher_forcing(args.frames_per_block):
+                return model.velocity(both, levels, condition, denoiser=denoiser)[:, :, clean.shape[2] :]
+
+    def _student_x0(self, x: Tensor, sigma: Tensor, condition: Condition, clean: Tensor) -> Tensor:
+        return x - _frames(sigma) * self._velocity("student", x, sigma, condition, clean)
+
+    def _fake_x0(self, x: Tensor, sigma: Tensor, inputs: dict) -> Tensor:
+        return x - _frames(sigma) * self._velocity("fake", x, sigma, self.rollout_condition(inputs))
+
+    def _teacher_x0(self, x: Tensor, sigma: Tensor, inputs: dict) -> Tensor:
+        return x - _frames(sigma) * self._teacher_velocity(x, sigma, inputs)
+
+    def _teacher_velocity(self, x: Tensor, sigma: Tensor, inputs: dict, clean: Tensor | None = None) -> Tensor:
+        """Guided, in the standard form."""
+        scale = self.args.teacher_guidance_scale
+        name = "teacher_condition" if "teacher_condition" in inputs else "condition"
+        condition = self.rollout_condition(inputs, name)
+        # the causal models of consistency distillation are teachers of their own kind
+        conditional = self._velocity("teacher", x, sigma, condition, clean)
+        if scale == 1.0:
+            return conditional
+        negative = self.rollout_condition(inputs, "negative_condition") or self._negatives[condition.latent_shape]
+        return dm.guided(conditional, self._velocity("teacher", x, sigma, negative, clean), scale)
+
+    # ---- Noise levels and data ----
+
+    def noise_levels(self, u: Tensor) -> Tensor:
+        """Unshifted times in [0, 1] (any shape) as noise levels of this run's `shift`."""
+        return self.video_model.training_sigma(u, self.latent_shape, self.args.shift)
+
+    def score_sigma(self, sources: list[torch.Generator]) -> Tensor:
+        """One noise level a sample, (B,), at which the scores are compared and the fake score is trained."""
+        u = torch.cat([torch.rand(1, generator=source, device=source.device) for source in sources])
+        sigma = self.noise_levels(u).clamp(*self.args.score_range)
+        return sigma if self.video_model.per_sample_sigma else sigma[:1].expand(len(sigma))
+
+    def _draw_index(self, clean: Tensor, sources: list[torch.Generator], number: int) -> Tensor:
+        """Indices below `number`: one a sample, (B,), or for causal students one a block, spread over its frames, (B, f)."""
+        blocks = 1 if self.args.causal is None else clean.shape[2] // self.args.frames_per_block
+        index = torch.stack([torch.randint(number, (blocks,), generator=s, device=s.device) for s in sources])
+        if self.args.causal is not None:
+            return index.repeat_interleave(self.args.frames_per_block, 1)
+        return index[:, 0] if self.video_model.per_sample_sigma else index[:1, 0].expand(len(index))
+
+    def _clean(self, inputs: dict, sources: list[torch.Generator]) -> tuple[Tensor, Condition]:
+        """Latents of the batch's clips, drawn from their posterior, and their conditions."""
+        mean, std, condition = self.clean_latents(inputs)
+        return mean + std * randn(mean.shape[1:], sources), condition
+
+    def _target_weights(self):
+        return self.average.swapped_in() if self.args.consistency_target == "ema" else contextlib.nullcontext()
+
+    def _teacher_trajectories(self, rows: list[int], inputs: dict) -> Tensor:
+        """The teacher's Euler trajectories of some rows at the student's noise levels and at 0, (n, S + 1, C, f, h, w)."""
+        args, shape = self.args, inputs["condition"].latent_shape
+        grid, where = trajectory_grid(args.denoising_steps, args.teacher_steps)
+        sigmas = [*self.noise_levels(grid[:-1]).tolist(), 0.0]
+        x = randn(shape, generators([draw_seed(args.seed, row) for row in rows], args.device))
+        x, states = x * self.video_model.noise_scale(sigmas[0]), []
+        with torch.no_grad():
+            for i, sigma in enumerate(sigmas):
+                if i in where:
+                    states.append(x)
+                if sigma > 0:
+                    level = torch.full((len(x),), sigma, device=x.device)
+                    x = x + (sigmas[i + 1] - sigma) * self._teacher_velocity(x, level, inputs)
+        return torch.stack(states, 1)
+
+    def _trajectory_settings(self) -> dict:
+        args = self.args
+        names = ("denoising_steps", "shift", "teacher_steps", "teacher_guidance_scale", "negative_prompt", "seed")
+        settings = {name: getattr(args, name) for name in names}
+        teacher = self.teacher.pipe.name_or_path if self.teacher is not self.video_model else self.model_identity
+        return settings | {"teacher": teacher, "data": self._prompts_digest(), "shape": self.latent_shape}
+
+    # ---- Sampling and files: what users of the student will get ----
+
+    def student_config(self) -> StudentConfig:
+        """How the student is sampled, as `distill_config.json` says it."""
+        args, middle = self.args, float(self.noise_levels(torch.tensor([0.5])))
+        adapters = [os.path.abspath(a) if os.path.exists(a) else a for a in args.base_adapters or []]
+        return StudentConfig(
+            base_model=self.model_identity["name_or_path"],
+            denoising_steps=[float(step) for step in args.denoising_steps],
+            shift=round(middle / (1 - middle), 6),  # what "auto" stands for
+            sampler=args.sampler,
+            frames_per_block=args.frames_per_block,
+            window=args.window,
+            sink=args.sink,
+            context_noise=args.context_noise,
+            base_adapters=adapters,
+        )
+
+    def _set_scheduler(self) -> None:
+        """The pipeline samples as the student does, where its class lets a scheduler decide."""
+        family = self.video_model.family
+        self.in_stock_pipeline = (
+            self.causal is None and family.prediction == "flow" and family.grid != "linear_quadratic"
+        )
+        if self.in_stock_pipeline:
+            self.video_model.pipe.scheduler = student_scheduler(self.student_config(), family)
+
+    def generate_videos(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        images: list | None = None,
+        batch_size: int = 1,
+        **overrides,
+    ) -> list[Tensor]:
+        """
+        Sample the student: in its few steps, without guidance, and block by block if it is causal.
+
+        Args:
+            prompts (`list[str]`): What to generate.
+            seeds (`list[int]`): One seed per prompt.
+            images (`list`, *optional*): One image per prompt, for image-to-video models.
+            batch_size (`int`, *optional*, defaults to `1`): Videos at a time.
+            **overrides: Arguments of the pipeline, where the stock pipeline samples the student.
+
+        Returns:
+            `list[torch.Tensor]`: float32 tensors (F, C, H, W) in [0, 1] on the CPU.
+        """
+        if self.in_stock_pipeline:
+            with self.video_model.guidance(1.0) as off:
+                overrides = {"num_inference_steps": len(self.sigmas), **off, **overrides}
+                return super().generate_videos(prompts, seeds, images, batch_size, **overrides)
+        height, width, num_frames = self.validation_shape()
+        videos = []
+        with self.sampling(), self.accelerator.autocast():
+            for start in range(0, len(prompts), batch_size):
+                part = slice(start, start + batch_size)
+                rows = [
+                    {"prompt": prompt, "image": image, "fps": self.args.fps}
+                    for prompt, image in zip(prompts[part], (images or [None] * len(prompts))[part], strict=True)
+                ]
+                condition = Condition.cat([self.condition(row, height, width, num_frames) for row in rows])
+                sources, shape = generators(seeds[part], self.args.device), condition.latent_shape
+                if self.causal is not None:
+                    x = self._blocks(condition, shape[1], KVCache(self.args.window, self.args.sink), sources)
+                else:
+                    x = self._few_steps(condition, sources)
+                videos += [video.cpu() for video in self.video_model.decode(x)]
+        return videos
+
+    def _card_generation(self) -> dict:
+        return super()._card_generation() | {"num_inference_steps": len(self.sigmas), "guidance_scale": 1.0}
+
+    def save_extras(self, directory: Path) -> None:
+        config = self.student_config()
+        write_distill_config(directory, **dataclasses.asdict(config))
+        if self.in_stock_pipeline:
+            save_scheduler(student_scheduler(config, self.video_model.family), directory / "scheduler")
+
+    def save_rank_state(self, directory: Path) -> None:
+        if self.streams is not None:
+            self.streams.save(directory / f"streams-{self.args.process_index}.safetensors")
+
+    def load_rank_state(self, directory: Path) -> None:
+        if self.streams is not None:
+            self.streams.load(directory / f"streams-{self.args.process_index}.safetensors", self.args.device)
+
+    # ---- Logging and evaluation ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self.means.collect(self.accelerator)
+            norms = [parameter.detach().norm() for parameter in self.policies.parameters("student").values()]
+            logs["student_norm"] = torch.stack(norms).norm().item()
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """
+        The losses of all roles on held-out rows, always with the same draws and the last step as exit.
+
+        `eval_loss` is the student's. That of distribution matching is half the squared score difference: its size, not a
+        quality. Look at the validation videos.
+        """
+        training, kept = self.model.training, (self.means, self.streams)
+        self.model.eval()
+        self.means, self.streams, number = RunningMeans(), None, 0
+        roles = ("student", "fake") if self.args.matches_distributions else ("student",)
+        with self.averaged_weights(), self.accelerator.autocast():
+            for inputs in dataloader:
+                inputs = self._prepare_inputs(inputs)
+                surplus, everything = inputs["draws"][0] < 0, self.means
+                inputs["draws"] = [max(draw, 0) for draw in inputs["draws"]]
+                self.means = RunningMeans()
+                for role in roles:
+                    with self.policies.active(role):
+                        loss, _ = self.student_loss(inputs) if role == "student" else self.fake_loss(inputs)
+                    self.means.add(f"loss/{role}", loss.expand(len(inputs["draws"])))
+                everything.merge(self.means, 0 if surplus else 1)
+                self.means, number = everything, number + (0 if surplus else len(inputs["draws"]))
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        found = self.means.collect(self.accelerator)
+        self.model.train(training)
+        self.means, self.streams = kept
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        metrics[f"{metric_key_prefix}_loss"] = found["loss/student"]
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=number)
+
+
+def _frames(sigma: Tensor) -> Tensor:
+    """(B,) or (B, f) to a shape that broadcasts over latents (B, C, f, h, w)."""
+    return sigma.reshape(len(sigma), 1, -1, 1, 1)
+
+
+def _mix(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """x_sigma with one noise level a sample (B,) or a frame (B, f)."""
+    return torch.lerp(clean, noise, _frames(sigma).expand_as(clean))
+
+
+def _pick(inputs: dict, positions: list[int]) -> dict:
+    """Some samples of a batch: their conditions."""
+    return {name: value[positions] for name, value in inputs.items() if isinstance(value, Condition)}
