@@ -10,8 +10,8 @@ later ones (CausVid, https://huggingface.co/papers/2412.07772). Three ways to ev
 - `cached`: one block at a time; keys and values of the past come from a `KVCache`.
 
 No weight and no line of the transformer is changed: attention processors and a hook on its rotary embedding do it, and
-outside the three modes they pass every call on untouched. There is no mask either. Each block attends to slices of the keys,
-so that every attention backend works and what is masked costs nothing.
+outside the three modes they pass every call on untouched. There is no mask either. Each block attends to slices of the
+keys, so that every attention backend works and what is masked costs nothing.
 """
 
 import contextlib
@@ -185,8 +185,8 @@ class _State:
             counts = [n for n in (below, below + frames_per_block) if n]
             names = " and ".join(f"{n} ({(n - offset) * factor + offset} video frames)" for n in counts)
             raise ValueError(
-                f"{frames} latent frames ({(frames - offset) * factor + offset} video frames) do not divide into blocks of "
-                f"{frames_per_block}; the nearest counts that do: {names}."
+                f"{frames} latent frames ({(frames - offset) * factor + offset} video frames) do not divide into blocks "
+                f"of {frames_per_block}; the nearest counts that do: {names}."
             )
 
     def positions(self, frames: int) -> tuple[int, int, int]:
@@ -238,8 +238,8 @@ class CausalAttention:
             raise ValueError(f"{refusal}{REFUSED.get(name, _OTHER)} Supported families: {', '.join(SUPPORTED)}.")
         if len(model.denoisers) > 1:
             raise ValueError(
-                f"{refusal}it has two experts, and what one stores of the past means nothing to the other. Use a model with "
-                "one transformer (Wan 2.1, Wan 2.2-TI2V-5B)."
+                f"{refusal}it has two experts, and what one stores of the past means nothing to the other. Use a model "
+                "with one transformer (Wan 2.1, Wan 2.2-TI2V-5B)."
             )
         if model.frame_multiple != model.temporal_factor:
             raise ValueError(f"{refusal}its tokens span several latent frames.")
@@ -278,7 +278,8 @@ class CausalAttention:
         return state
 
     def check_frames(self, latent_frames: int, frames_per_block: int) -> None:
-        """
+        """Refuse a number of frames that `frames_per_block` does not divide.
+
         Raises:
             ValueError: `latent_frames` do not divide into blocks; the message says the nearest counts that do.
         """
@@ -390,8 +391,8 @@ class _CausalProcessor:
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         if not mode.frame_tokens:
             raise RuntimeError(
-                "A block is recomputed in another mode than that of its forward pass; switch gradient checkpointing on with "
-                "enable_gradient_checkpointing(vidtrl.models.roles.checkpoint_under(causal))."
+                "A block is recomputed in another mode than that of its forward pass; switch gradient checkpointing on "
+                "with enable_gradient_checkpointing(vidtrl.models.roles.checkpoint_under(causal))."
             )
         if self._parallel_config is not None:
             raise ValueError("Causal attention does not work with context parallelism; switch enable_parallelism off.")
@@ -440,8 +441,8 @@ class _CausalProcessor:
             k, v = block.layers[self.layer]
             if len(k) != len(key):
                 raise ValueError(
-                    f"The cache holds {len(k)} clips, but {len(key)} are evaluated; use one cache per batch, and prompts of one "
-                    "padded length."
+                    f"The cache holds {len(k)} clips, but {len(key)} are evaluated; use one cache per batch, and prompts "
+                    "of one padded length."
                 )
             part = [
                 (max(a, block.start) - block.start, min(b, block.stop) - block.start)
@@ -464,7 +465,7 @@ def _cut(x: Tensor, ranges: Ranges, frame_tokens: int) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of adjacent channel pairs, as Wan, SkyReels-V2 and LTX apply it; x is (B, tokens, heads, channels)."""
+    """Rotary embedding of adjacent channel pairs (all three families); x is (B, tokens, heads, channels)."""
     if cos.ndim == 3:  # LTX: over the channels of all heads
         cos, sin = (t.unflatten(2, (x.shape[2], -1)) for t in (cos, sin))
     even, odd = x[..., 0::2], x[..., 1::2]
@@ -482,8 +483,8 @@ def _place_wan(state: _State, rope: nn.Module, args: tuple, kwargs: dict, output
     start, stop, repeat = state.positions(frames)
     if stop > rope.max_seq_len:
         raise ValueError(
-            f"The next block would end at latent frame {stop}, but the model knows {rope.max_seq_len} positions; start a new "
-            "cache (`recache` restarts one from the last clean frames)."
+            f"The next block would end at latent frame {stop}, but the model knows {rope.max_seq_len} positions; start a "
+            "new cache (`recache` restarts one from the last clean frames)."
         )
     if (start, repeat) == (0, 1):
         return None

@@ -415,7 +415,7 @@ class VideoModel:
         """The model's velocity noise - x0 at x_sigma. Gradients flow; the caller sets autocast.
 
         Args:
-            latents: x_sigma, canonical (B, C, f, h, w).
+            latents: x_sigma, canonical (B, C, f, h, w); in the modes of `CausalAttention` f need not be the condition's.
             sigma: noise level in (0, 1], float or (B,); or (B, f) in [0, 1], one per latent frame, where the family's
                 `frame_sigma` allows it.
             condition: of B clips, or of one clip used for all.
@@ -563,16 +563,16 @@ class VideoModel:
         """x_flow / x_native: what multiplies unit noise to start at `sigma` as the pipeline does (1 for flow models)."""
         return self.schedule.noise_scale(sigma)
 
-    def offload_encoders(self) -> None:
-        """Drop text and image encoders and the VAE from device memory, once everything is cached.
+    def offload_encoders(self, keep: tuple[str, ...] = ()) -> None:
+        """Drop text and image encoders and the VAE (all but `keep`) from device memory, once everything is cached.
 
         A model loaded from a path forgets them and reloads them later; a pipeline that was passed in keeps them on the
         CPU.
         """
         for name, component in self.pipe.components.items():
-            if isinstance(component, nn.Module) and name not in self.denoisers:
-                keep = self._source is None
-                self._offloaded[name] = component.to("cpu") if keep else None
+            if isinstance(component, nn.Module) and name not in self.denoisers and name not in keep:
+                passed_in = self._source is None
+                self._offloaded[name] = component.to("cpu") if passed_in else None
                 self.pipe.register_modules(**{name: None})
 
     def restore_encoders(self) -> None:

@@ -1,8 +1,8 @@
 """Causal sampling: one block of frames after another, each denoised in a few steps upon the cached past.
 
 Self Forcing (https://huggingface.co/papers/2506.08009, algorithm 1): training rolls out exactly as inference does, so one
-function serves both. Keys and values of finished blocks are constants; a gradient reaches only the one step of a block whose
-clean estimate is its output. Left out: rolling noise windows, and re-encoding the first frame of a continued video.
+function serves both. Keys and values of finished blocks are constants; a gradient reaches only the one step of a block
+whose clean estimate is its output. Left out: rolling noise windows, and re-encoding the first frame of a continued video.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def causal_rollout(
     """Generate clean latents block by block.
 
     Step i of a block estimates x0 = x - sigma_i v(x, sigma_i, past); the next noise level is reached by
-    x' = (1 - sigma_{i+1}) x0 + sigma_{i+1} e, with e fresh noise ("renoise") or the predicted noise ("ode", an Euler step).
+    x' = (1 - sigma_{i+1}) x0 + sigma_{i+1} e, with e fresh noise ("renoise") or the predicted one ("ode", Euler's step).
     Between two blocks one pass without gradients stores keys and values of the finished block. Nothing is computed before
     the block is asked for, and all of it in float32 except the denoiser.
 
@@ -58,8 +58,8 @@ def causal_rollout(
         sigmas: noise levels of the steps, descending, the first one that of `noise` and the last one above 0, such as
             [1.0, 0.9375, 0.8333, 0.625].
         frames_per_block: latent frames of a block.
-        draw: `draw(block, step)` returns unit noise (B, C, frames_per_block, h, w) that takes block `block` (counted from 0
-            in this call) to `sigmas[step]`, and with `step == len(sigmas)` to `context_noise`. Not needed by "ode" with
+        draw: `draw(block, step)` returns unit noise (B, C, frames_per_block, h, w) that takes block `block` (from 0 on in
+            this call) to `sigmas[step]`, and with `step == len(sigmas)` to `context_noise`. Not needed by "ode" with
             `context_noise=0`.
         context_noise: noise level in [0, 1) at which finished blocks enter the cache.
         cache: what came before, to continue it; a new one with `window` and `sink` by default.
@@ -79,9 +79,9 @@ def causal_rollout(
         ValueError: frames that do not divide into blocks, or arguments that do not fit together.
 
     Example:
-        >>> blocks = causal_rollout(
-        ...     model, causal, condition, noise, [1.0, 0.75, 0.5, 0.25], frames_per_block=3, draw=lambda block, step: randn(...)
-        ... )
+        >>> draw = lambda block, step: torch.randn(noise[:, :, :3].shape)
+        >>> sigmas = [1.0, 0.9375, 0.8333, 0.625]
+        >>> blocks = causal_rollout(model, causal, condition, noise, sigmas, frames_per_block=3, draw=draw)
         >>> latents = torch.cat(list(blocks), dim=2)
     """
     sigmas = [float(s) for s in sigmas]
@@ -157,14 +157,14 @@ def recache(
     cache: KVCache,
     *,
     frames_per_block: int,
-    start: int | None = None,
+    start: int,
     negative_condition: Condition | None = None,
     guidance_scale: float = 1.0,
     denoiser: Denoiser = None,
 ) -> None:
-    """Fill a cache anew with the last clean frames under another prompt (LongLive, https://huggingface.co/papers/2509.22622).
+    """Fill a cache anew with the last clean frames, under another prompt.
 
-    What a cache remembers was computed under the prompt of its time, and keeps generating it after a switch. The next
+    LongLive (https://huggingface.co/papers/2509.22622) calls it KV-recache: what a cache remembers was computed under the prompt of its time, and keeps generating it after a switch. The next
     `causal_rollout` with this cache and the new condition continues the video with the new prompt.
 
     Args:
@@ -173,20 +173,14 @@ def recache(
         latents: the clean latents (B, C, n, h, w) that precede the next block, whole blocks; as many as the window holds.
         cache: is emptied, and holds `latents` afterwards.
         frames_per_block: latent frames of a block.
-        start: position of the first frame of `latents`; by default the positions that it had in `cache`. 0 restarts the count,
-            for streams longer than the model has positions.
+        start: position of the first frame of `latents`: the number of latent frames generated before it. 0 restarts the
+            count, for streams longer than the model has positions.
         negative_condition, guidance_scale: as in the `causal_rollout` that follows.
 
     Raises:
-        ValueError: frames that do not divide into blocks, or more than there were.
+        ValueError: frames that do not divide into blocks.
     """
-    frames = latents.shape[2]
-    causal.check_frames(frames, frames_per_block)
-    start = cache.num_frames - frames if start is None else start
-    if start < 0:
-        raise ValueError(
-            f"latents has {frames} frames, but the cache saw only {cache.num_frames}; pass start=0 to restart."
-        )
+    causal.check_frames(latents.shape[2], frames_per_block)
     cache.reset(start)
     evaluate = _Evaluator(model, causal, cache, condition, negative_condition, guidance_scale, denoiser)
     for block in latents.split(frames_per_block, 2):
@@ -199,24 +193,22 @@ class _Evaluator:
     def __init__(self, model, causal, cache, condition, negative_condition, guidance_scale, denoiser):
         self.model, self.causal, self.cache, self.denoiser = model, causal, cache, denoiser
         self.guidance_scale = guidance_scale
-        # moved once: the cache knows by their identity that the prompt's tensors are the same at every step
+        # moved and joined once: the cache knows by their identity that the prompt's tensors are the same at every step
         place = model.device, next(iter(model.denoisers.values())).dtype
-        if guidance_scale != 1.0:
-            negative = negative_condition[[0] * len(condition)] if len(negative_condition) == 1 else negative_condition
-            condition = Condition.cat([condition.to(*place), negative.to(*place)])
-        self.condition = condition.to(*place)
+        branches = [condition] if guidance_scale == 1.0 else [condition, negative_condition]
+        self.branches = [branch.to(*place) for branch in branches]
+        self.condition: Condition | None = None
 
     def __call__(self, x: Tensor, sigma: float, store: bool = False) -> Tensor:
-        guided = self.guidance_scale != 1.0
-        x = torch.cat([x, x]) if guided else x
-        if len(self.condition) != len(x) and not guided:
-            self.condition = self.condition[[0] * len(x)]
+        if self.condition is None:
+            self.condition = Condition.cat([c[[0] * len(x)] if len(c) == 1 else c for c in self.branches])
+        x = torch.cat([x] * len(self.branches))
         with self.causal.cached(self.cache, store):
             velocity = self.model.velocity(x, sigma, self.condition, denoiser=self.denoiser)
-        if guided:
-            conditional, unconditional = velocity.chunk(2)
-            velocity = unconditional + self.guidance_scale * (conditional - unconditional)
-        return velocity
+        if len(self.branches) == 1:
+            return velocity
+        conditional, unconditional = velocity.chunk(2)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
 
     @torch.no_grad()
     def store(self, x: Tensor, sigma: float) -> None:

@@ -10,10 +10,10 @@ Where sigma falls decides what is learned; sampling and weighting follow https:/
 section 3.1. Models trained by DDPM (CogVideoX, Allegro) are trained in the same coordinates with the weight that makes
 this their native loss. Left out: second-moment reparametrisations, stochastic interpolants other than the straight path.
 
-With `causal`, the model learns to generate block after block of frames. Every block draws its own sigma, and attends to what
-lies before it: clean (teacher forcing, as in Causal Forcing, https://huggingface.co/papers/2602.02214: one pass over
-[clean | noisy]) or noisy itself (diffusion forcing, https://huggingface.co/papers/2407.01392: one block-causal pass). The loss
-is the same, averaged over blocks. Left out: noise on the clean half.
+With `causal`, the model learns to generate block after block of frames. Every block draws its own sigma, and attends to
+what lies before it: clean (teacher forcing, as in Causal Forcing, https://huggingface.co/papers/2602.02214: one pass over
+[clean | noisy]) or noisy itself (diffusion forcing, https://huggingface.co/papers/2407.01392: one block-causal pass). The
+loss is the same, averaged over blocks. Left out: noise on the clean half.
 """
 
 import inspect
@@ -41,8 +41,8 @@ STRATA = tuple(i / 10 for i in range(1, 10))  # noise levels of the held-out los
 NUM_BINS = 5  # of the training loss, by sigma
 CAUSAL_CARD = """## A causal model
 
-It generates {frames_per_block} latent frames at a time, each block upon those before it ({causal} training). The pipeline's own
-call lets all frames attend to each other, which is not what was trained; sample block by block instead:
+It generates {frames_per_block} latent frames at a time, each block upon those before it ({causal} training). The
+pipeline's own call lets all frames attend to each other, which is not what was trained; sample block by block instead:
 
 ```python
 import torch
@@ -106,9 +106,9 @@ class VideoSFTTrainer(ClipTrainer):
     video = trainer.pipe("a red circle moving right").frames[0]
     ```
 
-    A causal model (`args.causal`) is sampled block by block: by [`~vidtrl.rollout.causal_rollout`], or `trainer.generate_videos`,
-    which makes the validation videos. `trainer.pipe(prompt)` is the stock pipeline, in which all frames attend to each
-    other, and does not show what was learned.
+    A causal model (`args.causal`) is sampled block by block: by [`~vidtrl.rollout.causal_rollout`], or by
+    `trainer.generate_videos`, which makes the validation videos. `trainer.pipe(prompt)` is the stock pipeline, in which all
+    frames attend to each other, and does not show what was learned.
     """
 
     _name = "SFT"
@@ -174,7 +174,7 @@ class VideoSFTTrainer(ClipTrainer):
 
     def generate_videos(self, prompts, seeds, images=None, batch_size=1, **overrides) -> list[Tensor]:
         """
-        Sample the weights in training, one video per prompt: with the stock pipeline, or block by block if they are causal.
+        Sample the weights in training, one video per prompt: with the stock pipeline; causal ones block by block.
 
         Args:
             prompts (`list[str]`): What to generate.
@@ -247,7 +247,7 @@ class VideoSFTTrainer(ClipTrainer):
     # ---- Loss ----
 
     def sample_sigma(self, draws: list[int], latent_shape: tuple[int, int, int, int]) -> Tensor:
-        """One noise level per sample, (B,) float32, within the range of the expert in training; causal: per block, (B, blocks)."""
+        """One noise level per sample, (B,) float32, in the range of the expert in training; causal: per block, (B, blocks)."""
         if self.causal is not None:
             blocks = latent_shape[1] // self.args.frames_per_block
             u = torch.stack([flow.sample_u(self.args.sigma_sampling, blocks, s) for s in generators(draws)])
