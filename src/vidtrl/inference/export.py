@@ -24,6 +24,7 @@ from ..models.loading import load_pipeline
 from ..trainer.lora import ADAPTER_FILE, lora_loader
 from . import scheduler as scheduler_file
 from .distill_config import CONFIG_FILE, StudentConfig, read_distill_config, write_distill_config
+from .optimization import fuse_adapters
 from .scheduler import FewStepFlowScheduler
 
 
@@ -70,7 +71,7 @@ def load_student(
     directory = student_directory(directory)
     config = read_distill_config(directory)
     pipe = _load_base(config, directory, base_model, torch_dtype, load_kwargs)
-    _load_adapters(pipe, config, directory)
+    _load_student_adapters(pipe, config, directory)
     pipe.scheduler = student_scheduler(config, find_family(type(pipe).__name__))
     if find_family(type(pipe).__name__).guidance == "guider":
         pipe.guider = ClassifierFreeGuidance(guidance_scale=1.0)
@@ -159,6 +160,29 @@ def export_student(
         )
     pipe = _load_base(config, directory, base_model, torch_dtype, load_kwargs)
     return _export_skyreels(directory, config, output, pipe)
+
+
+def load_adapters(pipe: DiffusionPipeline, adapters: dict[str, str | os.PathLike]) -> None:
+    """
+    Load LoRA adapters with diffusers' own loader, all of them active, one upon the other.
+
+    Args:
+        pipe (`DiffusionPipeline`): The pipeline; its `transformer` gets them.
+        adapters (`dict`): Name -> directory, file or Hub id.
+
+    Raises:
+        `ValueError`: diffusers cannot load adapters into this pipeline.
+    """
+    loader = lora_loader(pipe, pipe.transformer)
+    if loader == "none":
+        raise ValueError(f"diffusers has no LoRA loader for {type(pipe).__name__}, so adapters cannot be loaded.")
+    for name, source in adapters.items():
+        weights = {} if os.path.isfile(source) else {"weight_name": ADAPTER_FILE}
+        if loader == "pipeline":
+            pipe.load_lora_weights(source, adapter_name=name, **weights)
+        else:
+            pipe.transformer.load_lora_adapter(source, adapter_name=name, prefix="transformer", **weights)
+    pipe.transformer.set_adapters(list(adapters))
 
 
 def student_scheduler(config: StudentConfig, family: Family) -> FewStepFlowScheduler:
@@ -252,9 +276,8 @@ def _why_not_skyreels(config: StudentConfig, family: Family) -> str | None:
 
 
 def _export_skyreels(directory: Path, config: StudentConfig, output: Path, pipe: DiffusionPipeline) -> Path:
-    _load_adapters(pipe, config, directory)
-    pipe.fuse_lora(components=["transformer"], adapter_names=pipe.get_active_adapters(), safe_fusing=True)
-    pipe.unload_lora_weights()
+    _load_student_adapters(pipe, config, directory)
+    fuse_adapters(pipe)
     base = pipe.transformer
     known = inspect.signature(SkyReelsV2Transformer3DModel.__init__).parameters
     fields = {name: value for name, value in base.config.items() if name in known}
@@ -313,21 +336,10 @@ def _pipeline_class(
         ) from error
 
 
-def _load_adapters(pipe: DiffusionPipeline, config: StudentConfig, directory: Path) -> None:
-    """Earlier stages' adapters, then the student's; all of them active."""
-    loader = lora_loader(pipe, pipe.transformer)
-    if loader == "none":
-        raise ValueError(f"diffusers has no LoRA loader for {type(pipe).__name__}, so its students cannot be loaded.")
+def _load_student_adapters(pipe: DiffusionPipeline, config: StudentConfig, directory: Path) -> None:
     _adapter_file(directory)
     sources = {f"base_{i}": _resolve(base, directory) for i, base in enumerate(config.base_adapters)}
-    sources["student"] = directory
-    for name, source in sources.items():
-        weights = {} if isinstance(source, Path) and source.is_file() else {"weight_name": ADAPTER_FILE}
-        if loader == "pipeline":
-            pipe.load_lora_weights(source, adapter_name=name, **weights)
-        else:
-            pipe.transformer.load_lora_adapter(source, adapter_name=name, prefix="transformer", **weights)
-    pipe.transformer.set_adapters(list(sources))
+    load_adapters(pipe, sources | {"student": directory})
 
 
 def _adapter_file(directory: Path) -> Path:

@@ -47,7 +47,7 @@ class NoiseSchedule:
         # two, as Mochi's grid is undefined for one; a few-step student's scheduler knows a single number of steps
         self.probe_steps = len(config.get("denoising_steps", (0, 0)))
         probe.set_timesteps(self.probe_steps, **({"mu": 1.0} if config.get("use_dynamic_shifting") else {}))
-        self._integer_timesteps = not probe.timesteps.is_floating_point()
+        self.integer_timesteps = not probe.timesteps.is_floating_point()  # what the pipeline passes to its denoiser
 
     @property
     def is_vp(self) -> bool:
@@ -58,10 +58,10 @@ class NoiseSchedule:
         """The family's timestep at `sigma` (any shape), float32; whole numbers where the scheduler's are integers."""
         if self.vp_sigmas is not None:
             t = _interpolate(sigma, self.vp_sigmas.to(sigma.device))
-            return t.round() if self._integer_timesteps else t
+            return t.round() if self.integer_timesteps else t
         t = (sigma if self.family.timestep == "noise" else 1 - sigma) * self.num_train_timesteps
         # flow schedulers with integer timesteps truncate; 2**-14 absorbs the float32 rounding of 1000 * sigma
-        return (t + 2**-14).floor() if self._integer_timesteps else t
+        return (t + 2**-14).floor() if self.integer_timesteps else t
 
     def sigma_of_timestep(self, timestep: Tensor) -> Tensor:
         """Inverse of `timestep` for VP models: the flow sigma of (fractional) table entries."""

@@ -575,6 +575,11 @@ class VideoModel:
                 self._offloaded[name] = component.to("cpu") if passed_in else None
                 self.pipe.register_modules(**{name: None})
 
+    @property
+    def offloaded(self) -> bool:
+        """Whether `offload_encoders` has dropped something that was not restored since."""
+        return bool(self._offloaded)
+
     def restore_encoders(self) -> None:
         """Bring back what `offload_encoders` dropped, on the denoiser's device."""
         if not self._offloaded:

@@ -83,6 +83,7 @@ class VideoTrainer(Trainer):
     _name = "Video"
     _tag_names = ["vidtrl"]
     _role = "policy"  # what is trained, in `self.policies`
+    kept_encoders: tuple[str, ...] = ()  # components that training needs although everything is cached
     loss_is_scaled_for_ga = False  # `compute_loss` returns the mean over its batch
 
     def __init__(
@@ -278,7 +279,7 @@ class VideoTrainer(Trainer):
     @contextlib.contextmanager
     def sampling(self) -> Iterator[DiffusionPipeline]:
         """The stock pipeline, ready to sample the (averaged) training weights; leaves no trace in the training."""
-        offloaded = self.video_model.pipe.vae is None
+        offloaded = self.video_model.offloaded
         training = self.model.training
         pipe, denoiser = self.pipe, self.video_model.denoisers[self.denoiser_name]
         devices = [self.args.device] if self.args.device.type == "cuda" else []
@@ -294,7 +295,7 @@ class VideoTrainer(Trainer):
                     setattr(pipe, self.denoiser_name, denoiser)
                 self.model.train(training)
                 if offloaded:
-                    self.video_model.offload_encoders()
+                    self.video_model.offload_encoders(self.kept_encoders)
                 for name, module in self.video_model.denoisers.items():
                     if name != self.denoiser_name:
                         module.to("cpu")

@@ -7,6 +7,7 @@ from collections import Counter
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset, IterableDataset
 from huggingface_hub import constants
 from PIL import Image
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data import BucketSampler, CachedDataset, VideoDataset, build_cache, plan_dataset, standardize_columns
-from ..models import Condition
+from ..models import Condition, VideoModel
 from .base_trainer import VideoTrainer
 from .checkpoint import weights_fingerprint
 from .clip_config import ClipConfig
@@ -28,6 +29,7 @@ class ClipTrainer(VideoTrainer):
 
     args: ClipConfig
     caption_dropout = 0.0  # share of samples with the empty prompt
+    prompts_only = False  # rows are prompts (and images) without videos
 
     def __init__(self, *args, **kwargs):
         self._clips: dict[str, tuple] = {}  # split -> dataset and plan
@@ -43,8 +45,8 @@ class ClipTrainer(VideoTrainer):
             }
         else:
             evaluation = None if eval_dataset is None else DrawDataset(self.prepare_dataset(eval_dataset, "eval"))
-        if self.args.cache:
-            self.video_model.offload_encoders()
+        if self.args.cache or self.prompts_only:
+            self.video_model.offload_encoders(self.kept_encoders)
         return train, evaluation
 
     def frame_rule(self) -> tuple[int, int]:
@@ -56,10 +58,14 @@ class ClipTrainer(VideoTrainer):
         if isinstance(dataset, (CachedDataset, VideoDataset)):
             return dataset
         args, model = self.args, self.video_model
-        offloaded = model.pipe.vae is None  # for a dataset that comes later, such as one passed to `evaluate`
+        offloaded = model.offloaded  # for a dataset that comes later, such as one passed to `evaluate`
         if offloaded:
             model.restore_encoders()
-        dataset = standardize_columns(dataset)
+        if self.prompts_only and isinstance(dataset, IterableDataset):
+            dataset = Dataset.from_list(list(dataset))
+        dataset = standardize_columns(dataset, prompts_only=self.prompts_only)
+        if self.prompts_only and "video" in dataset.column_names:
+            dataset = dataset.remove_columns("video")
         frame_multiple, frame_offset = self.frame_rule()
         plan = plan_dataset(
             dataset,
@@ -72,33 +78,65 @@ class ClipTrainer(VideoTrainer):
             temporal_factor=model.temporal_factor,
             **args.shape_rules(),
         )
-        if args.cache:
-            columns = ["prompt"]
-            columns += ["image"] if model.family.image else []
-            columns += ["fps"] if model.family.fps_argument else []
-            prepared = build_cache(
-                dataset,
-                plan,
-                encode=model.encode,
-                condition=lambda row, *size: self.condition(row, *size).state(),
-                condition_columns=tuple(columns),
-                empty_prompt=self.caption_dropout > 0,
-                cache_dir=args.cache_dir or os.path.join(constants.HF_HOME, "vidtrl"),
-                fingerprint=self.cache_fingerprint(),
-                process_index=args.process_index,
-                num_processes=args.world_size,
-                wait=PartialState().wait_for_everyone,
-            )
+        if args.cache or self.prompts_only:
+            prepared = self.build_cache(dataset, plan, text_only=self.prompts_only)
         else:
             prepared = VideoDataset(dataset, plan)
-        if args.process_index == 0:
+        if args.process_index == 0 and not self.prompts_only:
             tqdm.write(f"{split} {plan}")
             os.makedirs(args.output_dir, exist_ok=True)
             plan.to_json(os.path.join(args.output_dir, f"plan_{split}.json"))
         if offloaded:
-            model.offload_encoders()
+            model.offload_encoders(self.kept_encoders)
         self._clips[split] = dataset, plan
         return prepared
+
+    def build_cache(
+        self,
+        dataset,
+        plan,
+        *,
+        text_only: bool = False,
+        model: VideoModel | None = None,
+        negative_prompt: str | None = None,
+    ) -> CachedDataset:
+        """
+        Encode what is not cached yet.
+
+        Args:
+            dataset (`Dataset` or `IterableDataset`): Rows with standard columns.
+            plan ([`Plan`]): Their shapes.
+            text_only (`bool`, *optional*, defaults to `False`): Conditions without latents.
+            model ([`VideoModel`], *optional*): Whose encoders; default: those of the model in training.
+            negative_prompt (`str`, *optional*): Take it in place of every prompt, as the other branch of guidance.
+        """
+        args, model = self.args, model or self.video_model
+        columns = ["prompt"]
+        columns += ["image"] if model.family.image else []
+        columns += ["fps"] if model.family.fps_argument else []
+
+        def condition(row: dict, *size: int) -> tuple[dict, dict]:
+            if negative_prompt is not None:
+                row = {**row, "prompt": negative_prompt}
+            return self.condition(row, *size, model=model, negative=negative_prompt is not None).state()
+
+        fingerprint = self.cache_fingerprint(model)
+        if negative_prompt is not None:
+            fingerprint["negative_prompt"] = negative_prompt
+        return build_cache(
+            dataset,
+            plan,
+            encode=model.encode,
+            condition=condition,
+            text_only=text_only,
+            condition_columns=tuple(columns),
+            empty_prompt=self.caption_dropout > 0,
+            cache_dir=args.cache_dir or os.path.join(constants.HF_HOME, "vidtrl"),
+            fingerprint=fingerprint,
+            process_index=args.process_index,
+            num_processes=args.world_size,
+            wait=PartialState().wait_for_everyone,
+        )
 
     def data_summary(self) -> dict:
         """What decides which clip each step sees: checkpoints record it, and resuming compares it."""
@@ -107,33 +145,42 @@ class ClipTrainer(VideoTrainer):
         return {"num_clips": len(dataset), "sha256 of names and shapes": digest.hexdigest()[:16]}
 
     def condition(
-        self, row: dict, height: int, width: int, num_frames: int, *, negative: bool = False
+        self,
+        row: dict,
+        height: int,
+        width: int,
+        num_frames: int,
+        *,
+        model: VideoModel | None = None,
+        negative: bool = False,
     ) -> Condition:
-        """The condition of one dataset row, as the stock pipeline prepares it (or prepares a negative prompt)."""
+        """The condition of one dataset row, as the stock pipeline (of another model, or for negative prompts) prepares it."""
+        model = model or self.video_model
         kwargs = dict(self.args.pipeline_kwargs or {})
         if self.args.max_sequence_length is not None:
             kwargs["max_sequence_length"] = self.args.max_sequence_length
-        return self.video_model.condition(
+        return model.condition(
             row["prompt"],
             height,
             width,
             num_frames,
-            image=row.get("image") if self.video_model.family.image else None,
+            image=row.get("image") if model.family.image else None,
             fps=row.get("fps"),
             negative=negative,
             **kwargs,
         )
 
-    def cache_fingerprint(self) -> dict:
-        """All that changes what encoders and pipeline return for a given clip and prompt."""
-        args, pipe = self.args, self.video_model.pipe
+    def cache_fingerprint(self, model: VideoModel | None = None) -> dict:
+        """All that changes what a model's encoders and pipeline return for a given clip and prompt."""
+        args, model = self.args, model or self.video_model
+        pipe = model.pipe
         encoders = {
             name: weights_fingerprint(module)
             for name, module in pipe.components.items()
-            if isinstance(module, nn.Module) and name not in self.video_model.denoisers
+            if isinstance(module, nn.Module) and name not in model.denoisers
         }
         return {
-            "model": self.model_identity["name_or_path"] or type(pipe).__name__,
+            "model": str(pipe.name_or_path or type(pipe).__name__),
             "revision": str((args.model_init_kwargs or {}).get("revision")),
             "pipeline": type(pipe).__name__,
             "encoders": encoders,
@@ -228,13 +275,16 @@ class ClipTrainer(VideoTrainer):
 
 
 def collate(items: list[dict]) -> dict:
-    """Join samples of one bucket: cached latents and conditions, or decoded clips and their rows."""
+    """Join samples of one bucket: cached latents and conditions, prompts' conditions alone, or decoded clips and their rows."""
     batch = {"draws": [item["draw"] for item in items], "sample_ids": [item["sample_id"] for item in items]}
+    batch["index"] = [item.get("index") for item in items]
+    for name in items[0]:
+        if name.endswith("condition"):
+            batch[name] = Condition.cat([Condition.from_state(*item[name]) for item in items])
     if "mean" in items[0]:
         batch["mean"] = torch.stack([item["mean"].float() for item in items])
         batch["std"] = torch.stack([item["std"].float() for item in items])
-        batch["condition"] = Condition.cat([Condition.from_state(*item["condition"]) for item in items])
-    else:
+    elif "video" in items[0]:
         batch["videos"] = [item["video"] for item in items]
         batch["rows"] = [{name: item.get(name) for name in ("prompt", "fps", "image")} for item in items]
     return batch

@@ -2,7 +2,7 @@
 
 Learning rates: the first is for LoRA, the second for all weights (papers train all weights; LoRA rates are the published ones
 where there are any, else 50 times as high, which is what LightX2V's Self-Forcing LoRA uses). Guidance scales are in the
-standard form, one more than in the configurations of CausVid, Self-Forcing and LongLive.
+standard form, one more than in the configurations of CausVid, Self-Forcing, LongLive and rCM.
 """
 
 # the common ground of DMD2 for video and Self-Forcing, https://huggingface.co/papers/2506.08009
@@ -96,7 +96,7 @@ RECIPES = {
         "shift": 5.0,
         "consistency": "continuous",
         "dmd_weight": 1.0,
-        "teacher_guidance_scale": 5.0,
+        "teacher_guidance_scale": 6.0,  # its code adds the guidance to the conditional branch: 5.0 there
     },
     # https://huggingface.co/papers/2310.04378 on the flow, https://huggingface.co/papers/2311.05556 (LCM-LoRA)
     "lcm": {
