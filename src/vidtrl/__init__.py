@@ -13,6 +13,7 @@ _EXPORTS = {
     "check_model": "vidtrl.models",
     "CausalVideoPipeline": "vidtrl.inference",
     "FewStepFlowScheduler": "vidtrl.inference",
+    "InferenceOptimization": "vidtrl.inference",
     "export_student": "vidtrl.inference",
     "load_student": "vidtrl.inference",
     "VideoDistillConfig": "vidtrl.trainer",
@@ -36,7 +37,13 @@ def __dir__():
 
 
 if TYPE_CHECKING:
-    from .inference import CausalVideoPipeline, FewStepFlowScheduler, export_student, load_student
+    from .inference import (
+        CausalVideoPipeline,
+        FewStepFlowScheduler,
+        InferenceOptimization,
+        export_student,
+        load_student,
+    )
     from .models import Condition, VideoModel, check_model
     from .trainer import (
         VideoDistillConfig,

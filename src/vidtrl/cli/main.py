@@ -13,7 +13,9 @@ from .errors import guarded
 COMMANDS = {
     "sft": (".sft", "fine-tune a video diffusion model on captioned clips (LoRA, DoRA or full)"),
     "grpo": (".grpo", "train a video diffusion model on reward functions with GRPO and its family"),
+    "distill": (".distill", "distil a video diffusion model into a few-step or streaming student"),
     "check-model": (".check_model", "prove that vidtrl samples and trains a model as its pipeline means it"),
+    "benchmark": (".benchmark", "time a model or a few-step student, and what an optimisation changes"),
     "demo": (".demo", "post-train the shipped toy model on a laptop, SFT then GRPO, and show before and after"),
     "env": (".env", "print versions and hardware, for bug reports"),
 }
@@ -22,6 +24,7 @@ EPILOG = """examples:
   vidtrl sft --config sft.yaml --learning_rate 1e-4
   vidtrl sft --config sft.yaml --accelerate_config fsdp2 --num_processes 4
   vidtrl grpo --config grpo.yaml --reward_funcs my_rewards:smooth
+  vidtrl distill --config distill.yaml --base_adapters wan-sft wan-grpo
   vidtrl check-model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
   vidtrl demo --output demo
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 _EXPORTS = {
     "CausalVideoPipeline": "causal_pipeline",
     "FewStepFlowScheduler": "scheduler",
+    "InferenceOptimization": "optimization",
     "StreamingDecoder": "streaming_vae",
     "StudentConfig": "distill_config",
     "VideoStream": "causal_pipeline",
@@ -32,5 +33,6 @@ if TYPE_CHECKING:
     from .causal_pipeline import CausalVideoPipeline, VideoStream
     from .distill_config import StudentConfig, read_distill_config, write_distill_config
     from .export import export_student, load_student
+    from .optimization import InferenceOptimization
     from .scheduler import FewStepFlowScheduler
     from .streaming_vae import StreamingDecoder

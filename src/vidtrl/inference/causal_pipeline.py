@@ -1,5 +1,6 @@
 """Sample a causal student: block after block upon a KV cache, streamed, with prompts that may change on the way."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from ..rollout.causal import causal_rollout, recache
 from ..rollout.sampling import draw_noise
 from .distill_config import StudentConfig, read_distill_config
 from .export import load_student, student_directory
+from .optimization import InferenceOptimization
 from .streaming_vae import StreamingDecoder
 
 
@@ -115,6 +117,35 @@ class CausalVideoPipeline:
     def to(self, *args: Any, **kwargs: Any) -> "CausalVideoPipeline":
         """`pipe.to`, for the device or dtype; returns self."""
         self.pipe.to(*args, **kwargs)
+        return self
+
+    def optimize(self, optimization: InferenceOptimization) -> "CausalVideoPipeline":
+        """
+        Apply an [`InferenceOptimization`], as far as it goes together with a KV cache.
+
+        With `compile`, attention stays out of the compiled graphs (`fullgraph` does not apply): the number of keys changes
+        from block to block, and with it every graph would be compiled again.
+
+        Args:
+            optimization ([`InferenceOptimization`]): Without `cache` and `context_parallel`.
+
+        Returns:
+            [`CausalVideoPipeline`]: self.
+
+        Raises:
+            `ValueError`: What does not work here, and what `apply` refuses.
+        """
+        if optimization.cache is not None:
+            raise ValueError("diffusers' caches reuse steps of one denoising run and know no blocks; leave cache out.")
+        if optimization.context_parallel is not None:
+            raise ValueError("context_parallel does not work with a KV cache; leave it out.")
+        if optimization.compile:
+            for name, module in self.pipe.transformer.named_modules():
+                if name.endswith(("attn1", "attn2")):
+                    module.forward = torch.compiler.disable(module.forward)
+            kwargs = optimization.compile_kwargs | {"fullgraph": False}
+            optimization = dataclasses.replace(optimization, compile_kwargs=kwargs)
+        optimization.apply(self.pipe)
         return self
 
     def stream(
