@@ -75,7 +75,7 @@ def test_dataset_of_real_files_survives_h264(tmp_path):
     assert toy.score(clips, CAPTIONS)["all"] >= 0.98
 
 
-REWARDS = [toy.color_reward, toy.shape_reward, toy.direction_reward, toy.attributes_reward]
+REWARDS = [toy.color_reward, toy.shape_reward, toy.direction_reward, toy.attributes_reward, toy.accuracy_reward]
 
 
 @pytest.mark.parametrize("reward", REWARDS, ids=lambda f: f.__name__)
@@ -85,6 +85,22 @@ def test_prompt_rewards_prefer_the_truth(reward):
     right, other = reward(prompts=CAPTIONS, videos=clips), reward(prompts=wrong, videos=clips)
     assert len(right) == 72 and all(0 <= r <= 1 for r in right + other)
     assert sum(right) / 72 >= 0.85 and sum(right) - sum(other) > 0.25 * 72
+
+
+def test_accuracy_falls_before_an_attribute_turns_and_no_other_attribute_makes_up_for_it():
+    green, blue = (clip(f"a {color} circle moving up", seed=4) for color in ("green", "blue"))
+    drifting = [green + share * (blue - green) for share in (0.0, 0.25, 0.35, 0.6, 1.0)]
+    prompts = ["a green circle moving up"] * 5
+    rewards, seen = toy.accuracy_reward(prompts=prompts, videos=drifting), [toy.measure(v).color for v in drifting]
+    assert seen[:3] == ["green"] * 3 and rewards[0] == 1 > rewards[1] > rewards[2] > rewards[3] and rewards[4] == 0
+    assert toy.color_reward(prompts=prompts, videos=drifting)[:3] == [1.0] * 3  # the control: it sees nothing coming
+    # all wrong but one: the share of right attributes says 1/3, the product 0
+    for wrong in ("a green square moving down", "a blue circle moving down", "a blue square moving up"):
+        assert toy.accuracy_reward(prompts=[wrong], videos=[green]) == [0.0]
+        assert toy.attributes_reward(prompts=[wrong], videos=[green]) == [pytest.approx(1 / 3)]
+    # only what the prompt names counts, and an empty clip shows nothing
+    assert toy.accuracy_reward(prompts=["a circle moving up"], videos=[blue]) == [1.0]
+    assert toy.accuracy_reward(prompts=["a circle", ""], videos=[torch.full_like(green, 16 / 255)] * 2) == [0.0, 0.0]
 
 
 def test_rewards_for_motion_quality_prefer_clean_clips_and_none_means_not_applicable():

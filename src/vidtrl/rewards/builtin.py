@@ -18,6 +18,7 @@ _BUILTIN = {
     "jpeg-compressibility": ("vidtrl.rewards.quality", "jpeg_compressibility_reward"),
     "jpeg-incompressibility": ("vidtrl.rewards.quality", "jpeg_incompressibility_reward"),
     "prompt-ocr": ("vidtrl.rewards.ocr", "get_prompt_ocr_reward"),
+    "toy-accuracy": ("vidtrl.toy.rewards", "accuracy_reward"),
     "toy-attributes": ("vidtrl.toy.rewards", "attributes_reward"),
     "toy-color": ("vidtrl.toy.rewards", "color_reward"),
     "toy-direction": ("vidtrl.toy.rewards", "direction_reward"),

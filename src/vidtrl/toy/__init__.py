@@ -13,6 +13,7 @@ _EXPORTS = {
     "Measurement": "measurement",
     "measure": "measurement",
     "score": "measurement",
+    "accuracy_reward": "rewards",
     "attributes_reward": "rewards",
     "color_reward": "rewards",
     "direction_reward": "rewards",
@@ -49,6 +50,7 @@ def __getattr__(name):
 if TYPE_CHECKING:
     from .measurement import Measurement, measure, score
     from .rewards import (
+        accuracy_reward,
         attributes_reward,
         color_reward,
         direction_reward,

@@ -18,6 +18,7 @@ class Measurement:
     Args:
         present (`bool`): A shape is visible in at least 60 % of the frames.
         color (`str` or `None`): Nearest palette colour by chromaticity, so that brightness does not matter.
+        hue (`tuple[float, float, float]`): Mean chromaticity (red, green, blue) of the shape, a unit vector.
         shape (`str` or `None`): From the median share of the bounding box that is filled.
         direction (`str` or `None`): From the slope of the centroid; `"still"` below 8 % of the side.
         fill (`float`): The median filled share, in [0, 1].
@@ -29,6 +30,7 @@ class Measurement:
 
     present: bool
     color: str | None = None
+    hue: tuple[float, float, float] = (0.0, 0.0, 0.0)
     shape: str | None = None
     direction: str | None = None
     fill: float = 0.0
@@ -81,9 +83,9 @@ def measure(video: torch.Tensor) -> Measurement:
         direction = "still"
 
     pixels = x.permute(0, 2, 3, 1)[mask]  # (N, 3)
-    palette = torch.tensor([COLORS[c] for c in COLORS], dtype=torch.float32)
-    palette, pixels = palette / palette.norm(dim=1, keepdim=True), pixels / pixels.norm(dim=1, keepdim=True)
-    votes = (pixels @ palette.T).argmax(1).bincount(minlength=len(COLORS))
+    pixels = pixels / pixels.norm(dim=1, keepdim=True)
+    votes = (pixels @ palette().T).argmax(1).bincount(minlength=len(COLORS))
+    hue = pixels.mean(0) / pixels.mean(0).norm()
 
     def extent(line):  # (F, L) occupancy -> (F,) length of the occupied range
         on = line > 0
@@ -99,6 +101,7 @@ def measure(video: torch.Tensor) -> Measurement:
     return Measurement(
         present=True,
         color=list(COLORS)[int(votes.argmax())],
+        hue=tuple(hue.tolist()),
         shape=shape,
         direction=direction,
         fill=fill,
@@ -106,6 +109,12 @@ def measure(video: torch.Tensor) -> Measurement:
         flicker=float(brightness.std() / brightness.mean()),
         smoothness=max(0.0, 1 - jerk / 0.03),
     )
+
+
+def palette() -> torch.Tensor:
+    """The chromaticities of `COLORS`, unit vectors (6, 3)."""
+    colors = torch.tensor(list(COLORS.values()), dtype=torch.float32)
+    return colors / colors.norm(dim=1, keepdim=True)
 
 
 def score(videos: list[torch.Tensor], prompts: list[str]) -> dict[str, float]:

@@ -4,8 +4,10 @@
 None of them is differentiable. Failure modes are stated, because a policy will find them.
 """
 
-from .measurement import FILL, measure
-from .world import DIRECTIONS, parse_caption
+import torch
+
+from .measurement import FILL, FILL_BOUNDS, Measurement, measure, palette
+from .world import COLORS, DIRECTIONS, parse_caption
 
 
 def color_reward(prompts, videos, **kwargs) -> list[float | None]:
@@ -27,12 +29,7 @@ def shape_reward(prompts, videos, **kwargs) -> list[float | None]:
 def direction_reward(prompts, videos, **kwargs) -> list[float | None]:
     """Soft: travel along the prompt's direction, full marks from a quarter of the side on; 0 for standing still or
     moving away. Sideways drift costs nothing."""
-
-    def along(seen, want):
-        dx, dy = DIRECTIONS[want]
-        return min(1.0, max(0.0, (seen.motion[0] * dx + seen.motion[1] * dy) / 0.25))
-
-    return _compare(prompts, videos, "direction", along)
+    return _compare(prompts, videos, "direction", _travel)
 
 
 def attributes_reward(prompts, videos, **kwargs) -> list[float]:
@@ -42,6 +39,22 @@ def attributes_reward(prompts, videos, **kwargs) -> list[float]:
         seen = measure(video)
         want = {k: v for k, v in parse_caption(prompt).items() if v is not None}
         rewards.append(sum(getattr(seen, k) == v for k, v in want.items()) / max(1, len(want)))
+    return rewards
+
+
+def accuracy_reward(prompts, videos, **kwargs) -> list[float]:
+    """Soft: how safely the clip shows everything that the prompt names, the product of one factor an attribute: no
+    attribute can be traded for another. Each is 1 where the attribute is clearly right and 0 where it is clearly wrong, so
+    that it has a slope while the attribute still counts as right. A clip that is wrong altogether has no slope."""
+    factors = {"color": _color_margin, "shape": _shape_margin, "direction": _travel}
+    rewards = []
+    for prompt, video in zip(prompts, videos, strict=True):
+        seen = measure(video)
+        reward = float(seen.present)
+        for attribute, want in parse_caption(prompt).items():
+            if want is not None and seen.present:
+                reward *= factors[attribute](seen, want)
+        rewards.append(reward)
     return rewards
 
 
@@ -59,6 +72,30 @@ def steadiness_reward(prompts, videos, **kwargs) -> list[float]:
 def smoothness_reward(prompts, videos, **kwargs) -> list[float]:
     """1 for uniform motion, 0 for a trembling or empty clip. A frozen clip is smooth: pair with `direction_reward`."""
     return [measure(video).smoothness for video in videos]
+
+
+def _travel(seen: Measurement, want: str) -> float:
+    """Travel along a direction, as a share of a quarter of the side."""
+    dx, dy = DIRECTIONS[want]
+    return min(1.0, max(0.0, (seen.motion[0] * dx + seen.motion[1] * dy) / 0.25))
+
+
+def _color_margin(seen: Measurement, want: str) -> float:
+    """How much nearer the hue is to the wanted colour than to any other: 1 from a cosine of 0.08 on, 1/2 at a tie."""
+    cosine = dict(zip(COLORS, (palette() @ torch.tensor(seen.hue)).tolist(), strict=True))
+    own = cosine.pop(want)
+    return min(1.0, max(0.0, (own - max(cosine.values()) + 0.08) / 0.16))
+
+
+def _shape_margin(seen: Measurement, want: str) -> float:
+    """How far the filled share is inside the bounds of the shape: 1 from 0.05 inside on, 0 from 0.15 outside on."""
+    low, high = FILL_BOUNDS
+    inside = {
+        "triangle": low - seen.fill,
+        "circle": min(seen.fill - low, high - seen.fill),
+        "square": seen.fill - high,
+    }
+    return min(1.0, max(0.0, (inside[want] + 0.15) / 0.2))
 
 
 def _compare(prompts, videos, attribute, judge):
