@@ -2,6 +2,7 @@
 
     python scripts/pretrain_toy.py                  # everything, into src/vidtrl/toy/pipeline and docs/
     python scripts/pretrain_toy.py --stage vae      # only one stage: vae | model | report
+    python scripts/pretrain_toy.py --device cuda
 
 Three stages, each seeded; the time each takes on two CPU cores is in docs/toy.md.
 
@@ -77,18 +78,20 @@ def build_vae():
     return vae
 
 
-def train_vae(out, image_steps, video_steps, decoder_steps, seed=0):
+def train_vae(out, image_steps, video_steps, decoder_steps, device, seed=0):
     """Images first (cheap, and where colour and outline are learned), then clips, then the decoder alone."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
     vae = build_vae() if image_steps else AutoencoderKLWan.from_pretrained(out / "vae", torch_dtype=torch.float32)
+    vae.to(device)
     ema = copy.deepcopy(vae).requires_grad_(False)
     held_out = [world.render(c, q, 10**8 + i) for i, c in enumerate(CAPTIONS) for q in ("clean", "raw")]
     held_out, start = torch.stack(held_out).permute(0, 2, 1, 3, 4) / 127.5 - 1, time.time()
 
     def reconstruct(model, x):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            return torch.cat([model.decode(model.encode(p).latent_dist.mode()).sample for p in x.split(12)]).float()
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            parts = [model.decode(model.encode(p.to(device)).latent_dist.mode()).sample.cpu() for p in x.split(12)]
+        return torch.cat(parts).float()
 
     def fit(steps, lr, batches, label):
         optimizer = torch.optim.AdamW((p for p in vae.parameters() if p.requires_grad), lr=lr, betas=(0.9, 0.99))
@@ -97,7 +100,8 @@ def train_vae(out, image_steps, video_steps, decoder_steps, seed=0):
                 cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
                 group["lr"] = lr * min(1, (step + 1) / 50) * (0.02 + 0.98 * cosine)
             x, z = batches(step)
-            with torch.autocast("cpu", torch.bfloat16):
+            x = x.to(device)
+            with torch.autocast(device.type, torch.bfloat16):
                 z = vae.encode(x).latent_dist.mode() if z is None else z
                 y = vae.decode(z + 0.05 * torch.randn_like(z)).sample
             # the shape covers a tenth of the picture: weigh the area that it passes through
@@ -134,12 +138,12 @@ def train_vae(out, image_steps, video_steps, decoder_steps, seed=0):
         vae.decoder.requires_grad_(True)
         vae.post_quant_conv.requires_grad_(True)
         x = torch.cat([clips(range(4 * 10**8 + i, 4 * 10**8 + i + 20), rng, 0.5)[0] for i in range(0, 1600, 20)])
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            z = torch.cat([vae.encode(part).latent_dist.mode() for part in x.split(20)]).float()
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            z = torch.cat([vae.encode(part.to(device)).latent_dist.mode() for part in x.split(20)]).float()
 
         def pick(_):
             index = torch.randint(len(x), (4,))
-            return x[index], z[index]
+            return x[index], z[index.to(device)]
 
         fit(decoder_steps, 1.5e-3, pick, "decoder")
 
@@ -148,7 +152,7 @@ def train_vae(out, image_steps, video_steps, decoder_steps, seed=0):
 def save_vae(vae, path):
     """With the per-channel statistics by which the pipeline normalises latents."""
     x, _ = clips(range(2 * 10**8, 2 * 10**8 + 128), np.random.default_rng(0), raw_share=0.5)
-    z = torch.cat([vae.encode(part).latent_dist.mode() for part in x.split(16)])
+    z = torch.cat([vae.encode(part.to(vae.device)).latent_dist.mode() for part in x.split(16)])
     vae = copy.deepcopy(vae)
     # the decoder was trained on the mode plus noise of 0.05: that is the posterior (the first half of the channels is
     # its mean, the second half its log-variance, which training left alone)
@@ -181,21 +185,23 @@ def build_tokenizer():
 def embed(tokenizer, text_encoder, texts, length):
     """(B, length, D): what WanPipeline.encode_prompt makes, zeros behind the true length included."""
     tokens = tokenizer(texts, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
+    tokens = tokens.to(text_encoder.device)
     mask = tokens.attention_mask
     hidden = text_encoder(tokens.input_ids, mask).last_hidden_state * mask[..., None]
     return torch.nn.functional.pad(hidden, (0, 0, 0, length - 16))
 
 
-def train_model(out, steps, wrong_shape, num_clips=4000, batch_size=16, lr=1.5e-3, seed=0, resume=False):
+def train_model(out, steps, wrong_shape, device, num_clips=4000, batch_size=16, lr=1.5e-3, seed=0, resume=False):
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 2])
-    vae = AutoencoderKLWan.from_pretrained(out / "vae", torch_dtype=torch.float32).eval()
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    vae = AutoencoderKLWan.from_pretrained(out / "vae", torch_dtype=torch.float32).to(device).eval()
+    statistics = vae.config.latents_mean, vae.config.latents_std
+    mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in statistics)
     start, latents, texts = time.time(), [], []
     for first in range(0, num_clips, 20):
         x, captions = clips(range(10**9 + first, 10**9 + first + 20), rng, 1.0, wrong_shape)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            latents.append((vae.encode(x).latent_dist.mode().float() - mean) / std)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            latents.append((vae.encode(x.to(device)).latent_dist.mode().float() - mean) / std)
         texts += captions
     latents = torch.cat(latents)
     print(f"encoded {len(latents)} clips in {time.time() - start:.0f}s, std {latents.std():.3f}", flush=True)
@@ -224,7 +230,7 @@ def train_model(out, steps, wrong_shape, num_clips=4000, batch_size=16, lr=1.5e-
     if resume:  # another round from the weights that are there, with a fresh optimizer and schedule
         transformer = WanTransformer3DModel.from_pretrained(out / "transformer", torch_dtype=torch.float32).train()
         text_encoder = UMT5EncoderModel.from_pretrained(out / "text_encoder", dtype=torch.float32).train()
-    nets = torch.nn.ModuleList([transformer, text_encoder])
+    nets = torch.nn.ModuleList([transformer, text_encoder]).to(device)
     ema = copy.deepcopy(nets).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(nets.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     start, running = time.time(), None
@@ -232,11 +238,11 @@ def train_model(out, steps, wrong_shape, num_clips=4000, batch_size=16, lr=1.5e-
         for group in optimizer.param_groups:  # constant, then linear to zero over the last 40 %
             group["lr"] = lr * min(1, (step + 1) / 100) * min(1, max(0.02, (1 - step / steps) / 0.4))
         picked = rng.integers(len(latents), size=batch_size)
-        x0 = latents[picked]
+        x0 = latents[torch.from_numpy(picked).to(device)]
         batch = [texts[i] if rng.random() > 0.1 else "" for i in picked]  # caption dropout, for guidance
         # the pipeline pads with zeros to 512 tokens by default: some batches show them, so that any length works
         length = int(rng.choice([16, 64, 512], p=[0.85, 0.1, 0.05]))
-        u = torch.rand(batch_size)
+        u = torch.rand(batch_size, device=device)
         sigma = 3 * u / (1 + 2 * u)
         s, noise = sigma.view(-1, 1, 1, 1, 1), torch.randn_like(x0)
         prompt_embeds = embed(tokenizer, text_encoder, batch, length)
@@ -275,7 +281,7 @@ def generate(pipe, prompts, seed, num_inference_steps=20, guidance_scale=3.0, **
         videos += pipe(
             part, height=64, width=64, num_frames=17, num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale, max_sequence_length=16, generator=generators, output_type="pt", **kwargs,
-        ).frames.float()  # fmt: skip
+        ).frames.float().cpu()  # fmt: skip
     return videos, prompts
 
 
@@ -294,15 +300,16 @@ def contact_sheet(rows, path, columns=9, left=190):
 
 
 @torch.no_grad()
-def report(out, docs):
+def report(out, docs, device):
     """Measure the saved pipeline as a user meets it, and write docs/toy_pipeline.{json,png} and docs/toy_vae.png."""
-    pipe = WanPipeline.from_pretrained(out, torch_dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(out, torch_dtype=torch.float32).to(device)
     rows, numbers = [], {"size_mb": round(sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6, 2)}
     numbers["parameters"] = {n: sum(p.numel() for p in getattr(pipe, n).parameters()) for n in MODULES}
     for quality in world.QUALITIES:
         held_out = torch.stack([world.render(c, quality, 3 * 10**8 + i) for i, c in enumerate(CAPTIONS)]) / 255
         x = held_out.permute(0, 2, 1, 3, 4) * 2 - 1
-        y = torch.cat([pipe.vae.decode(pipe.vae.encode(part).latent_dist.mode()).sample for part in x.split(12)])
+        parts = (pipe.vae.encode(part.to(device)).latent_dist.mode() for part in x.split(12))
+        y = torch.cat([pipe.vae.decode(z).sample.cpu() for z in parts])
         numbers[f"vae_{quality}"] = score(to_unit(y), CAPTIONS)
         numbers[f"vae_{quality}"]["psnr"] = 10 * math.log10(4 / (y - x).square().mean())
         for i in (1, 29, 43, 62):
@@ -316,7 +323,7 @@ def report(out, docs):
     default_length = pipe(
         CAPTIONS[::6], height=64, width=64, num_frames=17, num_inference_steps=20, guidance_scale=3.0,
         generator=torch.Generator().manual_seed(0), output_type="pt",
-    ).frames.float()  # fmt: skip
+    ).frames.float().cpu()  # fmt: skip
     numbers["base_512_text_tokens"] = score(list(default_length), CAPTIONS[::6])
     text = json.dumps(numbers, indent=2)
     (docs / "toy_pipeline.json").write_text(text + "\n")
@@ -338,15 +345,17 @@ if __name__ == "__main__":
     parser.add_argument("--noisy_steps", type=int, default=600, help="with unreliable captions, after the model_steps")
     parser.add_argument("--resume", action="store_true", help="stage model: go on from the saved weights")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: %(default)s")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     if args.stage in ("all", "vae"):
-        train_vae(args.output, args.image_steps, args.video_steps, args.decoder_steps, seed=args.seed)
+        train_vae(args.output, args.image_steps, args.video_steps, args.decoder_steps, args.device, args.seed)
     if args.stage in ("all", "model"):
         if args.model_steps:
-            train_model(args.output, args.model_steps, wrong_shape=0.0, seed=args.seed, resume=args.resume)
+            train_model(args.output, args.model_steps, 0.0, args.device, seed=args.seed, resume=args.resume)
         wrong = world.RAW_WRONG_SHAPE
-        train_model(args.output, args.noisy_steps, wrong, num_clips=1500, lr=5e-4, seed=args.seed + 1, resume=True)
+        noisy = {"num_clips": 1500, "lr": 5e-4, "seed": args.seed + 1, "resume": True}
+        train_model(args.output, args.noisy_steps, wrong, args.device, **noisy)
     forget_paths(args.output)
     if args.stage in ("all", "report"):
-        report(args.output, args.docs)
+        report(args.output, args.docs, args.device)
