@@ -79,7 +79,7 @@ class Watch(TrainerCallback):
         control.should_training_stop = self.used >= self.budget
 
 
-def run(name: str, seed: int, budget: int, points: int, output: Path) -> dict:
+def run(name: str, seed: int, budget: int, points: int, output: Path, gpu: bool = False) -> dict:
     """One training run; returns its curve."""
     options = {"recipe": name, **RECIPES[name]}
     watch, start = Watch(budget, points), time.perf_counter()
@@ -89,7 +89,7 @@ def run(name: str, seed: int, budget: int, points: int, output: Path) -> dict:
         lr_scheduler_type="constant", num_inference_steps=10, guidance_scale=1.0, rollout_batch_size=32, vae_batch_size=8,
         gradient_checkpointing=False, check_model=False, ema_decay=0, logging_steps=1,
         reward_weights=list(REWARDS.values()), multi_objective_aggregation="sum_then_normalize",
-        save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, **options,
+        save_strategy="no", report_to="none", use_cpu=not gpu, disable_tqdm=True, **options,
     )  # fmt: skip
     # the VAE in bfloat16 decodes almost twice as fast
     pipe = WanPipeline.from_pretrained(pipeline_path(), dtype={"vae": torch.bfloat16, "default": torch.float32})
@@ -165,6 +165,7 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default=Path("toy_rl_runs"), help="where finished runs are kept")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the table and the picture go")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--gpu", action="store_true", help="train on the GPU; the noise is the CPU's all the same")
     parser.add_argument("--plot", action="store_true", help="run nothing")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -181,7 +182,7 @@ if __name__ == "__main__":
             }
             if args.plot or any(key.items() <= r.items() for r in known):
                 continue
-            known.append(run(name, seed, args.evaluations, args.points, args.output))
+            known.append(run(name, seed, args.evaluations, args.points, args.output, args.gpu))
             with open(file, "a") as out:
                 out.write(json.dumps(known[-1]) + "\n")
             first, last = known[-1]["curve"][0], known[-1]["curve"][-1]
