@@ -29,6 +29,7 @@ from vidtrl.models import VideoModel
 from vidtrl.models.causal import CausalAttention
 from vidtrl.rollout import sample
 from vidtrl.rollout.causal import causal_rollout
+from vidtrl.rollout.few_step import few_step_rollout
 from vidtrl.trainer.lora import add_lora, save_adapter
 
 
@@ -121,6 +122,10 @@ def test_the_pipeline_follows_the_papers_loop(toy_pipe, sampler):
     prompts = ["a red circle moving right", "a blue square moving up"]
     got = run(toy_pipe, prompts, latents=noise, **TOY)
     assert torch.allclose(got, expected, atol=2e-5), (got - expected).abs().max()
+    fresh = seeded(7)
+    draw = lambda step: torch.randn(noise.shape, generator=fresh)  # noqa: E731
+    trained = few_step_rollout(model, condition, noise, few_step_sigmas(STEPS, 5.0), draw=draw, sampler=sampler)
+    assert torch.allclose(got, trained, atol=2e-5)
     other = few_step_loop(model, condition, noise, sampler, seeded(8), few_step_sigmas(STEPS, 3.0))
     assert (got - other).abs().max() > 0.1
 
@@ -158,6 +163,15 @@ def test_a_clips_fresh_noise_is_its_own(seeds, row, hand_over_generators):
     assert torch.equal(together[row : row + 1], sample_clips([seeds[row]]))
     for other in range(len(seeds)):
         assert other == row or not torch.equal(together[row], together[other])
+
+
+@pytest.mark.parametrize("sampler", ["renoise", "ode"])
+def test_latents_keep_their_precision_whatever_the_model_computes_in(sampler):
+    x, v = torch.randn(1, 8, generator=seeded(0)), torch.randn(1, 8, generator=seeded(1)).bfloat16()
+    steps = [FewStepFlowScheduler(sampler=sampler).step(u, 1000.0, x).prev_sample for u in (v, v.float())]
+    assert steps[0].dtype == torch.float32 and torch.equal(*steps)
+    half = FewStepFlowScheduler(sampler=sampler).step(v, 1000.0, x.bfloat16()).prev_sample
+    assert half.dtype == torch.bfloat16
 
 
 def test_fresh_noise_is_standard_normal_and_new_at_every_step():

@@ -81,23 +81,23 @@ def run(argv: Sequence[str]) -> int:
     device = args.device or (
         torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     )
-    device_name = (
-        torch.get_device_module(device).get_device_name() if device != "cpu" else platform.processor() or "CPU"
-    )
+    name = platform.processor() or device
+    if torch.device(device).type in ("cuda", "xpu"):
+        name = torch.get_device_module(device).get_device_name(device)
     try:
         results = _measure(args, optimization, device)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the device is out of memory. Lower --num_frames, --height or --width, or choose another --torch_dtype. {error}"
         ) from error
-    print(f"{args.model} on {device_name}, {args.torch_dtype}, {args.num_frames} frames of {args.height}x{args.width}")
+    print(f"{args.model} on {name}, {args.torch_dtype}, {args.num_frames} frames of {args.height}x{args.width}")
     print(table(results))
     if args.json is not None:
         report = {
             "arguments": {
                 name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
             },
-            "device": device_name,
+            "device": name,
             "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
             "runs": [_plain(dataclasses.asdict(result)) for result in results],
         }

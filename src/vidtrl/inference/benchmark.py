@@ -26,7 +26,7 @@ class Measurement:
             makes the steps for each block, and one more to remember it.
         denoise_seconds (`float`): From the first of these calls to the clean latents; median over the repeats.
         total_seconds (`float`): The whole pipeline call: prompt to frames; median over the repeats.
-        peak_memory (`int`): Bytes on the accelerator, or of the process on a CPU.
+        peak_memory (`int`): Bytes on a CUDA or XPU device; elsewhere of the process.
         warmup_seconds (`float`): The first call, with compilation and all.
         psnr (`float`, *optional*): Of the latents against the unoptimised run with the same seed, in dB over the range of
             its latents; infinite if they are the same.
@@ -151,7 +151,7 @@ def _synchronize(device: torch.device) -> None:
 def _peak_memory(device: torch.device) -> Iterator[list[int]]:
     """The peak inside the block, as the one item of a list."""
     peak = [0]
-    if device.type != "cpu":
+    if device.type in ("cuda", "xpu"):
         memory = torch.get_device_module(device)
         memory.reset_peak_memory_stats(device)
         yield peak
