@@ -32,6 +32,8 @@ def build_model_card(
     fps: float = 16,
     sample_videos: list[dict[str, str]] | None = None,
     license: str | None = None,
+    base_adapters: list[str] | None = None,
+    usage: str | None = None,
 ) -> ModelCard:
     """
     Build the card of a trained video model. Makes no network call; `card.save(path)` writes it.
@@ -53,6 +55,8 @@ def build_model_card(
         fps (`float`, *optional*, defaults to `16`): Frame rate of the written video.
         sample_videos (`list[dict]`, *optional*): `{"path": relative path, "prompt": text}`.
         license (`str`, *optional*): Licence of the weights.
+        base_adapters (`list[str]`, *optional*): Hub ids or paths of adapters that stay on under this one.
+        usage (`str`, *optional*): Python code that samples the model, in place of the stock pipeline's call.
 
     Returns:
         `huggingface_hub.ModelCard`.
@@ -109,6 +113,8 @@ def build_model_card(
         generation=generation or {},
         fps=int(fps) if float(fps).is_integer() else fps,
         samples=samples,
+        base_adapters=base_adapters or [],
+        usage=usage,
     )
 
 

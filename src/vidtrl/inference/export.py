@@ -48,15 +48,16 @@ def load_student(
     causal one through [`CausalVideoPipeline`].
 
     Args:
-        directory (`str` or `PathLike`): What the trainer saved or [`export_student`] wrote as `"lora"`: the adapter
-            and `distill_config.json`. A directory or a Hub id.
+        directory (`str` or `PathLike`): What the trainer saved or [`export_student`] wrote as `"lora"`: the adapter (or
+            `transformer/`, where all weights were trained) and `distill_config.json`. A directory or a Hub id.
         base_model (`str`, `PathLike` or `DiffusionPipeline`, *optional*): Instead of the one that the student names; a
             loaded pipeline is changed in place.
         torch_dtype (`torch.dtype`, *optional*): To load the base model in.
         **load_kwargs: For `DiffusionPipeline.from_pretrained`.
 
     Returns:
-        `DiffusionPipeline`: With the active adapters `"base_0"`, ... (earlier stages) and `"student"`.
+        `DiffusionPipeline`: With the active adapters `"base_0"`, ... (earlier stages) and `"student"`, or the student's
+        own weights.
 
     Raises:
         `ValueError`: Nothing to load there, or a family whose pipeline cannot visit a student's timesteps.
@@ -71,7 +72,11 @@ def load_student(
     directory = student_directory(directory)
     config = read_distill_config(directory)
     pipe = _load_base(config, directory, base_model, torch_dtype, load_kwargs)
-    _load_student_adapters(pipe, config, directory)
+    if (directory / "transformer").is_dir():  # all weights were trained
+        kind, dtype = type(pipe.transformer), pipe.transformer.dtype
+        pipe.register_modules(transformer=kind.from_pretrained(directory, subfolder="transformer", dtype=dtype))
+    else:
+        _load_student_adapters(pipe, config, directory)
     pipe.scheduler = student_scheduler(config, find_family(type(pipe).__name__))
     if find_family(type(pipe).__name__).guidance == "guider":
         pipe.guider = ClassifierFreeGuidance(guidance_scale=1.0)
@@ -218,7 +223,7 @@ def student_directory(directory: str | os.PathLike) -> Path:
         return path
     if isinstance(directory, Path) or not _is_hub_id(str(directory)):
         raise ValueError(f"No such directory: {os.fspath(directory)!r} (and a Hub id looks like 'organisation/name').")
-    patterns = [CONFIG_FILE, ADAPTER_FILE, "base_adapters/*"]
+    patterns = [CONFIG_FILE, ADAPTER_FILE, "base_adapters/*", "transformer/*"]
     return Path(snapshot_download(str(directory), allow_patterns=patterns))
 
 
@@ -286,9 +291,17 @@ def _export_skyreels(directory: Path, config: StudentConfig, output: Path, pipe:
     transformer.load_state_dict(base.state_dict(), strict=True, assign=True)
     parts = {name: getattr(pipe, name) for name in ("tokenizer", "text_encoder", "vae")}
     scheduler = student_scheduler(config, find_family(type(pipe).__name__))
+    exported = SkyReelsV2DiffusionForcingPipeline(**parts, transformer=transformer, scheduler=scheduler)
+    factors = [(p.vae_scale_factor_temporal, p.vae_scale_factor_spatial) for p in (exported, pipe)]
+    if factors[0] != factors[1]:  # it computes them for Wan 2.1's VAE, which has no patches
+        raise ValueError(
+            f"format='skyreels-v2' cannot hold this student: diffusers' pipeline takes its VAE to compress "
+            f"{factors[0][1]} times in space, and it does {factors[1][1]} times, so that videos would have another size. "
+            "Sample with vidtrl's CausalVideoPipeline, which reads the student's directory as it is."
+        )
     staging = output.with_name(f"_{output.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
-    SkyReelsV2DiffusionForcingPipeline(**parts, transformer=transformer, scheduler=scheduler).save_pretrained(staging)
+    exported.save_pretrained(staging)
     save_scheduler(scheduler, staging / "scheduler")
     index = json.loads((staging / "model_index.json").read_text())
     index["scheduler"] = [SCHEDULER_MODULE, FewStepFlowScheduler.__name__]

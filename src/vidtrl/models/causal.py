@@ -15,6 +15,7 @@ keys, so that every attention backend works and what is masked costs nothing.
 """
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -284,6 +285,10 @@ class CausalAttention:
             ValueError: `latent_frames` do not divide into blocks; the message says the nearest counts that do.
         """
         self._state.check_frames(latent_frames, frames_per_block)
+
+    def copied(self, denoiser: nn.Module) -> nn.Module:
+        """A deep copy of the denoiser whose attention follows this instance, too."""
+        return copy.deepcopy(denoiser, {id(self._state): self._state})
 
     @contextlib.contextmanager
     def _entered(self, mode: _Mode | None) -> Iterator[None]:

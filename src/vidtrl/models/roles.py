@@ -86,9 +86,7 @@ class Roles:
             parameters = dict(module.named_parameters())
         self._roles[name] = Role(module, adapters, parameters)
         self._layers[id(module)] = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
-        if not self._current[0]:
-            self._current = name, False
-        self._switch(*self._current)
+        self._switch(*(self._current if self._current[0] else (name, False)))
 
     def __contains__(self, name: str) -> bool:
         return name in self._roles
@@ -122,6 +120,9 @@ class Roles:
                 through it to its inputs.
         """
         before = self._current
+        if before == (name, frozen):  # PEFT's switches take time, and may not run inside torch.func
+            yield self._roles[name].module
+            return
         self._switch(name, frozen)
         try:
             yield self._roles[name].module
@@ -145,12 +146,7 @@ class Roles:
     def snapshot(self) -> Callable[[], contextlib.AbstractContextManager]:
         """The active role, as a context that makes it active again."""
         name, frozen = self._current
-
-        def again():
-            same = self._current == (name, frozen)  # the usual case: nothing to switch in every block
-            return contextlib.nullcontext() if same else self.active(name, frozen=frozen)
-
-        return again
+        return lambda: self.active(name, frozen=frozen)
 
     def require(self, name: str) -> None:
         """

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 
-_EXPORTS = {"sample": "sampling", "causal_rollout": "causal", "recache": "causal"}
+_EXPORTS = {"sample": "sampling", "few_step_rollout": "few_step", "causal_rollout": "causal", "recache": "causal"}
 __all__ = list(_EXPORTS)
 
 
@@ -20,4 +20,5 @@ def __dir__():
 
 if TYPE_CHECKING:
     from .causal import causal_rollout, recache
+    from .few_step import few_step_rollout
     from .sampling import sample

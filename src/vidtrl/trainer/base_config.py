@@ -54,7 +54,7 @@ class VideoTrainingConfig(TrainingArguments):
             is what evaluation and validation videos measure, what checkpoints hand to diffusers, and what the trainer
             holds after `train()`. `None` keeps no average.
         ema_update_steps (`int`, *optional*, defaults to `1`):
-            Optimizer steps between two updates of that average.
+            Optimizer steps (of a distillation: the student's) between two updates of that average.
         on_nan (`str`, *optional*, defaults to `"raise"`):
             What a NaN or infinite loss does: `"raise"` stops the run and names step and samples, `"skip"` drops the
             micro-batch, leaves it out of the logged loss and counts it in the metric `num_skipped_batches`.

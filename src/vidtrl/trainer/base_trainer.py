@@ -200,7 +200,7 @@ class VideoTrainer(Trainer):
                 raise ValueError(
                     "ema_decay does not work with sharded weights (FSDP, DeepSpeed); leave it unset, or set it to 0 if a recipe fills it"
                 )
-            self.add_callback(EMACallback(self.average))
+            self.add_callback(EMACallback(self.average, self.updates))
         # the Trainer's TensorBoard callback needs a transformers configuration
         tensorboard = self.pop_callback(TensorBoardCallback)
         if tensorboard is not None:
@@ -269,6 +269,10 @@ class VideoTrainer(Trainer):
         if not self.is_fsdp_enabled:
             self.video_model.pipe.to(self.args.device)
         return self.video_model.pipe
+
+    def updates(self, step: int) -> int:
+        """How many of a run's first `step` optimizer steps change the weights that `ema_decay` averages."""
+        return step
 
     def averaged_weights(self) -> contextlib.AbstractContextManager:
         """The model holds the weight average inside this context, if there is one and training is under way."""
@@ -673,8 +677,14 @@ class VideoTrainer(Trainer):
             generation=self._card_generation(),
             fps=self.validation_fps(),
             sample_videos=last_validation_videos(args.output_dir),
+            base_adapters=args.base_adapters,
+            usage=self.card_usage(),
         )
         card.save(os.path.join(args.output_dir, "README.md"))
+
+    def card_usage(self) -> str | None:
+        """The card's snippet, where the stock pipeline's call is not how to sample what was trained."""
+        return None
 
     def _card_generation(self) -> dict[str, Any]:
         args = self.args
@@ -695,6 +705,7 @@ class VideoTrainer(Trainer):
                 Path(checkpoint_folder, self.denoiser_name), output_dir / self.denoiser_name, dirs_exist_ok=True
             )
         shutil.copy(Path(checkpoint_folder, "training_args.json"), output_dir)
+        self.save_extras(output_dir)
         self.create_model_card()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,17 +65,20 @@ class EMACallback(TrainerCallback):
 
     Args:
         average (`WeightAverage`): What to update.
+        updates (`Callable[[int], int]`, *optional*): How many of a run's first so many steps change the averaged weights; the
+            others do not count. Default: all.
     """
 
-    def __init__(self, average: WeightAverage):
-        self.average = average
+    def __init__(self, average: WeightAverage, updates: Callable[[int], int] = int):
+        self.average, self.updates = average, updates
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % args.ema_update_steps == 0:
+        number = self.updates(state.global_step)
+        if number > self.updates(state.global_step - 1) and number % args.ema_update_steps == 0:
             self.average.update()
 
     def on_train_end(self, args, state, control, **kwargs):
-        if state.global_step % args.ema_update_steps:  # what was learned since then counts too
+        if self.updates(state.global_step) % args.ema_update_steps:  # what was learned since then counts too
             self.average.update()
 
 

@@ -3,28 +3,74 @@
 import copy
 import dataclasses
 import hashlib
+import json
 import os
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from accelerate.utils import AutocastKwargs
+from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
+from PIL import Image
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..data import BucketSampler
+from ..data import CachedDataset, VideoDataset
+from ..inference.causal_pipeline import CausalVideoPipeline
 from ..inference.distill_config import StudentConfig, write_distill_config
 from ..inference.export import save_scheduler, student_scheduler
 from ..models import Condition, VideoModel
-from ..models.causal import CausalAttention, KVCache
+from ..models.causal import CausalAttention
+from ..rollout.few_step import few_step_rollout
+from .checkpoint import weights_fingerprint
 from .clip_data import ClipTrainer
 from .distill_config import VideoDistillConfig
 from .distill_logging import RunningMeans
 from .distill_streams import Streams
-from .distill_teacher import Joined, Trajectories, load_teacher
-from .draws import DrawDataset, DrawSampler, generators
-from .lora import load_adapter
+from .distill_teacher import Joined, Trajectories, condition_digest, load_teacher
+from .draws import randn
+from .lora import load_adapter, save_adapter
+
+
+USAGE = {
+    "stock": """import torch
+from diffusers.utils import encode_video{image}
+from vidtrl.inference import load_student
+
+pipe = load_student({repo}, torch_dtype=torch.bfloat16)
+pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+video = pipe(prompt="a red circle moving right", {call}).frames[0]
+encode_video(video, fps={fps}, output_path="video.mp4")""",
+    "causal": """import torch
+from diffusers.utils import encode_video
+from vidtrl.inference import CausalVideoPipeline
+
+pipe = CausalVideoPipeline.from_pretrained({repo}, torch_dtype=torch.bfloat16)
+pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+video = pipe("a red circle moving right", {call})  # or pipe.stream(...), block by block
+encode_video((video * 255).byte().permute(0, 2, 3, 1), fps={fps}, output_path="video.mp4")""",
+    "rollout": """import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import encode_video{image}
+from vidtrl.inference.export import load_adapters
+from vidtrl.models import VideoModel
+from vidtrl.rollout import few_step_rollout
+
+# the stock pipeline's call cannot visit the noise levels of this student
+pipe = DiffusionPipeline.from_pretrained({base}, dtype=torch.bfloat16)
+{load}
+pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+model = VideoModel(pipe)
+condition = model.condition("a red circle moving right", {call})
+noise = torch.randn(1, *condition.latent_shape, device=model.device)
+with torch.no_grad():
+    x0 = few_step_rollout(
+        model, condition, noise, {sigmas}, draw=lambda step: torch.randn_like(noise), sampler={sampler!r}
+    )
+video = model.decode(x0)[0]
+encode_video((video * 255).byte().permute(0, 2, 3, 1), fps={fps}, output_path="video.mp4")""",
+}
 
 
 class DistillBase(ClipTrainer):
@@ -41,6 +87,7 @@ class DistillBase(ClipTrainer):
         self._teacher_model = teacher_model
         self.teacher: VideoModel | None = None  # the student's own model, unless it is another
         self.causal: CausalAttention | None = None
+        self.teacher_causal: CausalAttention | None = None  # of a teacher that sees clips as a causal student does
         self.trajectories: Trajectories | None = None
         self.streams: Streams | None = None
         self.latent_shape: tuple[int, int, int, int] | None = None  # of all videos, unless clips fall into buckets
@@ -54,6 +101,7 @@ class DistillBase(ClipTrainer):
             )
         self._add_roles(peft_config)
         if args.stream_num_frames is not None:
+            # what the block behind a window sees of it
             seen = args.stream_num_frames if args.window is None else args.window - args.sink - args.frames_per_block
             self.streams = Streams(
                 num_frames=args.stream_num_frames,
@@ -70,7 +118,7 @@ class DistillBase(ClipTrainer):
         args, student = self.args, self.model
         if peft_config is not None:
             if args.init_adapter is not None:
-                load_adapter(student, args.init_adapter)
+                load_adapter(student, args.init_adapter)  # before the average begins
                 if self.average is not None:
                     self.average.reset()
             below = self.policies.adapters("base")
@@ -80,10 +128,11 @@ class DistillBase(ClipTrainer):
             self.policies.add("teacher", student, below)
             self.policies.add("student", student, (*below, "default"), trained=True)  # knows the new layers, too
         else:
+            copied = copy.deepcopy if self.causal is None else self.causal.copied
             if args.matches_distributions:
-                self.policies.add("fake", copy.deepcopy(student), trained=True)
+                self.policies.add("fake", copied(student), trained=True)
             if self.teacher is self.video_model:
-                self.policies.add("teacher", copy.deepcopy(student).requires_grad_(False))
+                self.policies.add("teacher", copied(student).requires_grad_(False).eval())
         if self.teacher is not self.video_model:
             self.policies.add("teacher", next(iter(self.teacher.denoisers.values())))
 
@@ -128,16 +177,15 @@ class DistillBase(ClipTrainer):
             self.causal = CausalAttention(model)
             if self.latent_shape is not None:
                 self.causal.check_frames(self.latent_shape[1], args.frames_per_block)
-        if args.stream_num_frames is not None and self.latent_shape[1] <= args.stream_overlap:
-            raise ValueError(
-                f"num_frames={args.num_frames} are {self.latent_shape[1]} latent frames, no more than stream_overlap="
-                f"{args.stream_overlap}: a window must bring new frames"
-            )
-        self.teacher = model
+        if args.stream_num_frames is not None:
+            self._check_stream()
+        self.teacher, self.teacher_causal = model, self.causal
         if self._teacher_model is not None:
             self.teacher = load_teacher(self._teacher_model, model, model.denoisers[self.denoiser_name].dtype)
             if not isinstance(self._teacher_model, DiffusionPipeline):
                 self.teacher.pipe.to(args.device)
+            if args.causal is not None and args.loss_type == "consistency":
+                self.teacher_causal = CausalAttention(self.teacher)
         config = next(iter(self.teacher.denoisers.values())).config
         if args.teacher_guidance_scale != 1.0 and config.get("guidance_embeds"):
             raise ValueError(
@@ -155,6 +203,11 @@ class DistillBase(ClipTrainer):
                     "a finite difference needs float32: set bf16=False and model_init_kwargs={'dtype': 'float32'}, or "
                     "tangent='jvp'"
                 )
+        if self.latent_shape is None and args.shift == "auto" and model.family.mu == "sequence":
+            raise ValueError(
+                f"the shift of {model.family.name} depends on the size, and a student has one list of noise levels: set shift "
+                "to a number such as 5, or height, width and num_frames instead of buckets"
+            )
         # a student is called at exact noise levels, of which a pipeline's solver may only know the rounded timesteps
         for each in {id(m): m for m in (model, self.teacher)}.values():
             each.schedule.integer_timesteps = each.schedule.is_vp and each.schedule.integer_timesteps
@@ -163,9 +216,34 @@ class DistillBase(ClipTrainer):
         if self.teacher is not model:
             self.teacher.offload_encoders()
         if args.loss_type == "ode_regression":
-            self.trajectories = Trajectories(Path(args.output_dir, "trajectories"), self._trajectory_settings())
+            self.trajectories = Trajectories(Path(args.output_dir, "_trajectories"), self._trajectory_settings())
         self._set_scheduler()
         return prepared
+
+    def _check_stream(self) -> None:
+        args, window = self.args, self.latent_shape[1]
+        what = f"num_frames={args.num_frames} are {window} latent frames"
+        if window <= args.stream_overlap:
+            raise ValueError(
+                f"{what}, no more than stream_overlap={args.stream_overlap}: a window must bring new frames"
+            )
+        if args.stream_num_frames < 2 * window - args.stream_overlap:
+            raise ValueError(
+                f"stream_num_frames={args.stream_num_frames} holds no second window ({what}): set at least "
+                f"{2 * window - args.stream_overlap}, or leave it unset"
+            )
+        positions = self.video_model.denoisers[self.denoiser_name].config.get("rope_max_seq_len")
+        if positions is not None and args.stream_num_frames > positions:
+            raise ValueError(
+                f"stream_num_frames={args.stream_num_frames} is more than the {positions} positions that the model knows"
+            )
+
+    def frame_rule(self) -> tuple[int, int]:
+        multiple, offset = super().frame_rule()
+        if self.causal is None:
+            return multiple, offset
+        blocks = self.args.frames_per_block
+        return multiple * blocks, offset + multiple * (blocks - 1)
 
     @property
     def prompts_only(self) -> bool:
@@ -177,12 +255,16 @@ class DistillBase(ClipTrainer):
 
     def prepare_dataset(self, dataset, split: str):
         """Conditions (and latents) as in every trainer, with those of the teacher and of its guidance beside them."""
+        if isinstance(dataset, (CachedDataset, VideoDataset)):
+            raise TypeError(f"pass the rows as a datasets.Dataset, not a {type(dataset).__name__}")
         args, offloaded = self.args, [m for m in (self.video_model, self.teacher) if m.offloaded]
         for model in offloaded:  # a dataset that comes later, such as one passed to `evaluate`
             model.restore_encoders()
         prepared = super().prepare_dataset(dataset, split)
         rows, plan = self._clips[split]
-        own = self.teacher is not self.video_model and self._text(self.teacher) != self._text(self.video_model)
+        if split == "train":
+            self._prompts_digest = prompts_digest(rows)
+        own = self.teacher is not self.video_model and not self._share_conditions(*plan.buckets[0])
         extra = {}
         if own:
             extra["teacher_condition"] = self.build_cache(rows, plan, text_only=True, model=self.teacher)
@@ -202,33 +284,27 @@ class DistillBase(ClipTrainer):
             model.offload_encoders(self.kept_encoders)
         return Joined(prepared, **extra) if extra else prepared
 
-    def _text(self, model: VideoModel) -> dict:
-        """What two models must share to take each other's conditions."""
-        fingerprint = self.cache_fingerprint(model)
-        encoders = {n: h for n, h in fingerprint["encoders"].items() if n != "vae"}
-        return {"pipeline": fingerprint["pipeline"], "encoders": encoders}
+    def _share_conditions(self, num_frames: int, height: int, width: int) -> bool:
+        """Whether teacher and student are told the same thing by their pipelines: encoders, rotary embeddings and all."""
+        row = {"prompt": "a red circle", "fps": self.args.fps, "image": Image.new("RGB", (width, height))}
+        models = (self.video_model, self.teacher)
+        return len({condition_digest(self.condition(row, height, width, num_frames, model=m)) for m in models}) == 1
 
     def data_summary(self) -> dict:
-        return {**super().data_summary(), "sha256 of prompts": self._prompts_digest()}
-
-    def _prompts_digest(self) -> str:
-        rows, _ = self._clips["train"]
-        digest = hashlib.sha256()
-        for prompt in rows["prompt"] if isinstance(rows, Dataset) else [row["prompt"] for row in rows]:
-            digest.update(prompt.encode() + b"\0")
-        return digest.hexdigest()[:16]
+        return {**super().data_summary(), "sha256 of prompts": self._prompts_digest}
 
     def _identity(self) -> dict:
         args = self.args
         method = {name: getattr(args, name) for name in ("recipe", "loss_type", "rollout", "denoising_steps")}
         return {**super()._identity(), "method": method}
 
-    def train_sampler(self, dataset: DrawDataset) -> DrawSampler:
-        args = self.args
-        size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        seed = args.seed if args.data_seed is None else args.data_seed
-        order = BucketSampler(dataset.buckets, batch_size=size, num_processes=args.world_size, seed=seed)
-        return DrawSampler(order, args.seed)
+    def prepare_batch(self, inputs: dict) -> dict:
+        """A collated batch on the device, with latents and conditions of clips that were not cached."""
+        inputs = self._prepare_inputs(inputs)
+        if "videos" in inputs:
+            inputs["mean"], inputs["std"], inputs["condition"] = self.clean_latents(inputs)
+        device = self.args.device
+        return {name: v.to(device) if isinstance(v, Condition) else v for name, v in inputs.items()}
 
     def noise_levels(self, u: Tensor) -> Tensor:
         """Unshifted times in [0, 1] (any shape) as noise levels of this run's `shift`."""
@@ -238,15 +314,16 @@ class DistillBase(ClipTrainer):
         args = self.args
         names = ("denoising_steps", "shift", "teacher_steps", "teacher_guidance_scale", "negative_prompt", "seed")
         settings = {name: getattr(args, name) for name in names}
-        teacher = self.teacher.pipe.name_or_path if self.teacher is not self.video_model else self.model_identity
-        return settings | {"teacher": teacher, "data": self._prompts_digest(), "shape": self.latent_shape}
+        teacher = self.model_identity
+        if self.teacher is not self.video_model:
+            teacher = weights_fingerprint(next(iter(self.teacher.denoisers.values())))
+        return settings | {"teacher": teacher}
 
     # ---- Sampling and files: what users of the student will get ----
 
-    def student_config(self) -> StudentConfig:
+    def student_config(self, base_adapters: list[str] | None = None) -> StudentConfig:
         """How the student is sampled, as `distill_config.json` says it."""
         args, middle = self.args, float(self.noise_levels(torch.tensor([0.5])))
-        adapters = [os.path.abspath(a) if os.path.exists(a) else a for a in args.base_adapters or []]
         return StudentConfig(
             base_model=self.model_identity["name_or_path"],
             denoising_steps=[float(step) for step in args.denoising_steps],
@@ -256,17 +333,16 @@ class DistillBase(ClipTrainer):
             window=args.window,
             sink=args.sink,
             context_noise=args.context_noise,
-            base_adapters=adapters,
+            base_adapters=base_adapters or [],
         )
 
     def _set_scheduler(self) -> None:
-        """The pipeline samples as the student does, where its class lets a scheduler decide."""
+        """The pipeline visits the student's noise levels, where its class lets a scheduler decide."""
         family = self.video_model.family
-        self.in_stock_pipeline = (
-            self.causal is None and family.prediction == "flow" and family.grid != "linear_quadratic"
-        )
-        if self.in_stock_pipeline:
+        self.has_scheduler = family.prediction == "flow" and family.grid != "linear_quadratic"
+        if self.has_scheduler:
             self.video_model.pipe.scheduler = student_scheduler(self.student_config(), family)
+            self.video_model.schedule.probe_steps = len(self.sigmas)  # the only number it knows
 
     def generate_videos(
         self,
@@ -289,35 +365,86 @@ class DistillBase(ClipTrainer):
         Returns:
             `list[torch.Tensor]`: float32 tensors (F, C, H, W) in [0, 1] on the CPU.
         """
-        if self.in_stock_pipeline:
+        if self.has_scheduler and self.causal is None:
             with self.video_model.guidance(1.0) as off:
                 overrides = {"num_inference_steps": len(self.sigmas), **off, **overrides}
                 return super().generate_videos(prompts, seeds, images, batch_size, **overrides)
-        height, width, num_frames = self.validation_shape()
-        videos = []
-        with self.sampling(), self.accelerator.autocast():
+        if overrides:
+            raise ValueError(
+                f"{', '.join(overrides)} cannot be set: this student is not sampled by its stock pipeline"
+            )
+        videos, images = [], images or [None] * len(prompts)
+        sample = self._sample_at_once if self.causal is None else self._sample_causally
+        with self.sampling() as pipe, self.accelerator.autocast():
             for start in range(0, len(prompts), batch_size):
                 part = slice(start, start + batch_size)
-                rows = [
-                    {"prompt": prompt, "image": image, "fps": self.args.fps}
-                    for prompt, image in zip(prompts[part], (images or [None] * len(prompts))[part], strict=True)
-                ]
-                condition = Condition.cat([self.condition(row, height, width, num_frames) for row in rows])
-                sources, shape = generators(seeds[part], self.args.device), condition.latent_shape
-                if self.causal is not None:
-                    x = self._blocks(condition, shape[1], KVCache(self.args.window, self.args.sink), sources)
-                else:
-                    x = self._few_steps(condition, sources)
-                videos += [video.cpu() for video in self.video_model.decode(x)]
+                sources = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+                videos += [video.cpu() for video in sample(pipe, prompts[part], images[part], sources)]
         return videos
 
-    def _card_generation(self) -> dict:
-        return super()._card_generation() | {"num_inference_steps": len(self.sigmas), "guidance_scale": 1.0}
+    def _sample_causally(self, pipe, prompts: list[str], images: list, sources: list) -> list[Tensor]:
+        """As users will."""
+        args, (height, width, num_frames) = self.args, self.validation_shape()
+        options = {**(args.pipeline_kwargs or {}), "max_sequence_length": args.max_sequence_length, "fps": args.fps}
+        options = {name: value for name, value in options.items() if value is not None}
+        names = ("denoising_steps", "shift", "frames_per_block", "sampler", "window", "sink", "context_noise")
+        config = self.student_config()
+        student = CausalVideoPipeline(pipe, **{name: getattr(config, name) for name in names})
+        return student(prompts, height=height, width=width, num_frames=num_frames, generator=sources, **options)
+
+    def _sample_at_once(self, pipe, prompts: list[str], images: list, sources: list) -> list[Tensor]:
+        """Where the stock pipeline cannot be told the student's noise levels."""
+        model, device = self.video_model, self.args.device
+        height, width, num_frames = self.validation_shape()
+        rows = [{"prompt": p, "image": i, "fps": self.args.fps} for p, i in zip(prompts, images, strict=True)]
+        condition = Condition.cat([self.condition(row, height, width, num_frames) for row in rows]).to(device)
+
+        def draw(step: int = 0) -> Tensor:
+            return randn(condition.latent_shape, sources).to(device)
+
+        x = few_step_rollout(model, condition, draw(), self.sigmas, draw=draw, sampler=self.args.sampler)
+        return model.decode(x)
+
+    def card_usage(self) -> str:
+        args, model, (height, width, num_frames) = self.args, self.video_model, self.validation_shape()
+        size = {"height": height, "width": width, model.family.frames_argument: num_frames}
+        if args.max_sequence_length is not None:
+            size["max_sequence_length"] = args.max_sequence_length
+        kind = "causal" if self.causal is not None else "stock" if self.has_scheduler else "rollout"
+        if kind == "stock":
+            size = {"num_inference_steps": len(self.sigmas), "guidance_scale": 1.0} | size
+        call = ", ".join(f"{name}={value!r}" for name, value in size.items())
+        image, repo = model.family.image, self.hub_model_id or args.hub_model_id or os.path.abspath(args.output_dir)
+        if isinstance(self._unwrapped(), PeftModel):
+            below = {f"base_{i}": adapter for i, adapter in enumerate(args.base_adapters or [])}
+            load = f"load_adapters(pipe, {json.dumps({**below, 'student': repo})})"
+        else:
+            load = f'pipe.transformer = type(pipe.transformer).from_pretrained({json.dumps(repo)}, subfolder="transformer")'
+        return USAGE[kind].format(
+            repo=json.dumps(repo),
+            base=json.dumps(self.model_identity["name_or_path"]),
+            load=load,
+            call=f"image=load_image('first_frame.png'), {call}" if image else call,
+            image=", load_image" if image else "",
+            fps=round(self.validation_fps()),
+            sigmas=[round(sigma, 6) for sigma in self.sigmas],
+            sampler=args.sampler,
+        )
 
     def save_extras(self, directory: Path) -> None:
-        config = self.student_config()
+        """The student is complete: how it is sampled, its scheduler, and the adapters under it."""
+        below = []
+        for name in self.policies.adapters("base") if "base" in self.policies else ():
+            number, given = name.removeprefix("base_"), self.args.base_adapters or []
+            source = given[int(number)] if name != number and number.isdigit() else None
+            if source is None or os.path.exists(os.path.expanduser(source)):
+                source = f"base_adapters/{len(below)}"  # relative to the file that says it
+                (directory / source).mkdir(parents=True, exist_ok=True)
+                save_adapter(self._unwrapped(), directory / source, name=name)
+            below.append(source)
+        config = self.student_config(below)
         write_distill_config(directory, **dataclasses.asdict(config))
-        if self.in_stock_pipeline:
+        if self.has_scheduler:
             save_scheduler(student_scheduler(config, self.video_model.family), directory / "scheduler")
 
     def save_rank_state(self, directory: Path) -> None:
@@ -351,9 +478,9 @@ class DistillBase(ClipTrainer):
         self.model.eval()
         self.means, self.streams, number = RunningMeans(), None, 0
         roles = ("student", "fake") if self.args.matches_distributions else ("student",)
-        with self.averaged_weights(), self.accelerator.autocast():
+        with self.averaged_weights(), self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
             for inputs in dataloader:
-                inputs = self._prepare_inputs(inputs)
+                inputs = self.prepare_batch(inputs)
                 surplus, everything = inputs["draws"][0] < 0, self.means
                 inputs["draws"] = [max(draw, 0) for draw in inputs["draws"]]
                 self.means = RunningMeans()
@@ -370,3 +497,11 @@ class DistillBase(ClipTrainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics[f"{metric_key_prefix}_loss"] = found["loss/student"]
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=number)
+
+
+def prompts_digest(rows: Dataset | IterableDataset) -> str:
+    """A hash of all prompts, in their order."""
+    digest = hashlib.sha256()
+    for prompt in rows["prompt"] if isinstance(rows, Dataset) else (row["prompt"] for row in rows):
+        digest.update(prompt.encode() + b"\0")
+    return digest.hexdigest()[:16]

@@ -182,7 +182,7 @@ class VideoDistillConfig(ClipConfig):
     def __post_init__(self):
         if self.recipe not in RECIPES:
             close = difflib.get_close_matches(str(self.recipe), RECIPES, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = f"; did you mean {close[0]!r}?" if close else "."
             raise ValueError(f"there is no recipe {self.recipe!r}{hint} Valid names: {', '.join(RECIPES)}")
         # (LoRA, all weights) of the rates that the user left to the recipe: the trainer knows which of the two it is
         self.recipe_rates: dict[str, tuple[float, float]] = {}
@@ -223,10 +223,10 @@ class VideoDistillConfig(ClipConfig):
             raise ValueError("loss_type='sid' needs the student's own samples: set rollout='backward_simulation'")
         if self.loss_type == "consistency" and self.rollout != "data":
             raise ValueError("loss_type='consistency' learns from clips: set rollout='data'")
-        if self.loss_type == "ode_regression" and self.rollout == "data":
+        if self.loss_type == "ode_regression" and self.rollout != "backward_simulation":
             raise ValueError(
-                "loss_type='ode_regression' learns from the teacher's own trajectories: leave rollout at "
-                "'backward_simulation' (and set causal for a causal student)"
+                "loss_type='ode_regression' learns from the teacher's own trajectories: set rollout='backward_simulation' "
+                "(and causal='diffusion_forcing' for a causal student)"
             )
         if self.loss_type != "consistency" and self.dmd_weight:
             raise ValueError("dmd_weight is the weight of a term beside loss_type='consistency'; leave it at 0")
@@ -241,11 +241,22 @@ class VideoDistillConfig(ClipConfig):
         forced = self.rollout == "self_forcing"
         if forced and self.causal is not None:
             raise ValueError("rollout='self_forcing' brings its own context: leave causal unset")
+        if self.causal is not None and self.rollout != "data" and self.loss_type != "ode_regression":
+            raise ValueError(
+                "causal says how a causal student sees clips or trajectories: for one that learns from its own samples set "
+                "rollout='self_forcing' and leave causal unset"
+            )
         if self.is_causal and self.frames_per_block is None:
             raise ValueError("a causal student needs frames_per_block, such as 3 latent frames")
         if not self.is_causal and (self.frames_per_block is not None or self.window is not None or self.sink):
             raise ValueError(
                 "frames_per_block, window and sink are for causal students: set rollout='self_forcing', or causal"
+            )
+        if self.stream_num_frames is not None and not forced:
+            raise ValueError("stream_num_frames continues the student's own videos: set rollout='self_forcing'")
+        if self.prompt_switch and self.stream_num_frames is None:
+            raise ValueError(
+                "prompt_switch needs stream_num_frames: a prompt is switched between two windows of a stream"
             )
         if not self.is_causal:
             return
@@ -266,11 +277,9 @@ class VideoDistillConfig(ClipConfig):
             raise ValueError("window and sink are for rollout='self_forcing'; clips are seen whole")
         if not 0 <= self.context_noise < 1:
             raise ValueError(f"context_noise is a noise level in [0, 1), not {self.context_noise}")
-        if self.stream_num_frames is not None and not forced:
-            raise ValueError("stream_num_frames continues the student's own videos: set rollout='self_forcing'")
-        if self.prompt_switch and self.stream_num_frames is None:
+        if self.stream_num_frames is not None and self.stream_overlap < self.frames_per_block:
             raise ValueError(
-                "prompt_switch needs stream_num_frames: a prompt is switched between two windows of a stream"
+                f"stream_overlap={self.stream_overlap} must be at least one block: {self.frames_per_block}"
             )
 
     @property

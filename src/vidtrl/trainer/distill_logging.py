@@ -28,19 +28,17 @@ class RunningMeans:
         self.sums: dict[str, list[Tensor]] = defaultdict(list)
 
     def add(self, name: str, values: Tensor) -> None:
-        """Count every element of `values` once."""
+        """Count every finite element of `values` once."""
         values = values.detach().double().flatten()
-        self.sums[name].append(torch.stack([values.sum(), values.new_tensor(len(values))]))
+        good = values.isfinite()
+        self.sums[name].append(torch.stack([torch.where(good, values, 0).sum(), good.double().sum()]))
 
     def add_by_sigma(self, name: str, sigma: Tensor, values: Tensor) -> None:
-        """Count each of `values` (B,) in the bin of its `sigma` (B,): `name_sigma_0.0-0.2` and so on."""
+        """Count each finite one of `values` (B,) in the bin of its `sigma` (B,): `name_sigma_0.0-0.2` and so on."""
         index = (sigma * NUM_BINS).long().clamp(max=NUM_BINS - 1)
-        values = values.detach().double()
         for i in range(NUM_BINS):
-            here = (index == i).double()
-            self.sums[f"{name}_sigma_{i / NUM_BINS:.1f}-{(i + 1) / NUM_BINS:.1f}"].append(
-                torch.stack([(values * here).sum(), here.sum()])
-            )
+            name_of_bin = f"{name}_sigma_{i / NUM_BINS:.1f}-{(i + 1) / NUM_BINS:.1f}"
+            self.add(name_of_bin, torch.where(index == i, values, torch.nan))
 
     def generated(self, x: Tensor) -> None:
         """Of clean latents (B, C, f, h, w): mean, standard deviation (saturation), and how much changes between frames."""

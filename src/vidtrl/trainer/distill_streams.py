@@ -82,6 +82,10 @@ class Streams:
             list(rows), first, switch, latents[:, :, : self.sink].clone(), latents[:, :, -self.keep :].clone()
         )
 
+    def drop(self, micro_step: int) -> None:
+        """Begin a new video next time."""
+        self.streams.pop(micro_step, None)
+
     def extend(self, micro_step: int, latents: Tensor) -> None:
         """Append new frames (B, C, n, h, w) to a stream."""
         stream = self.streams[micro_step]

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data.store import write_atomic
-from ..models import VideoModel
+from ..models import Condition, VideoModel
+from .checkpoint import weights_fingerprint
 
 
 def load_teacher(
@@ -32,6 +33,10 @@ def load_teacher(
     """
     options = {} if isinstance(teacher, DiffusionPipeline) else {"torch_dtype": dtype}
     model = VideoModel.from_pretrained(teacher, **options)
+    if any(module in student.denoisers.values() for module in model.denoisers.values()):
+        raise ValueError(
+            "teacher_model has the student's own denoiser: leave it out, and the student's base is the teacher"
+        )
     if len(model.denoisers) > 1:
         raise ValueError(
             f"{type(model.pipe).__name__} has two experts here; a teacher has one denoiser for all noise levels"
@@ -48,12 +53,8 @@ def load_teacher(
         probe = torch.ones(1, student.latent_shape(*shape)[0], 1, 1, 1)
         if not torch.allclose(student.denormalize(probe), model.denormalize(probe), rtol=1e-3, atol=1e-3):
             problems.append("another normalisation of the latents")
-        ours, theirs = (
-            {n: v for n, v in m.pipe.vae.config.items() if not n.startswith("_")} for m in (student, model)
-        )
-        different = sorted(n for n in {*ours, *theirs} if ours.get(n) != theirs.get(n))
-        if different:
-            problems.append(f"another VAE (its configuration differs in {', '.join(different)})")
+        if weights_fingerprint(student.pipe.vae) != weights_fingerprint(model.pipe.vae):
+            problems.append("a VAE with other weights")
     if problems:
         raise ValueError(
             f"teacher and student do not share a latent space: the teacher has {'; '.join(problems)}. Take a teacher with the "
@@ -90,8 +91,9 @@ class Joined(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict:
-        extra = {name: other[index]["condition"] for name, other in self.conditions.items()}
-        return {**self.dataset[index], **extra}
+        item = self.dataset[index]  # whose index is another when a damaged clip was replaced
+        extra = {name: other[item["index"]]["condition"] for name, other in self.conditions.items()}
+        return {**item, **extra}
 
 
 class Trajectories:
@@ -106,7 +108,7 @@ class Trajectories:
 
     ```python
     >>> trajectories = Trajectories(Path("run/trajectories"), {"guidance": 4.0})
-    >>> states = trajectories.get([0, 1], make)  # make([0, 1]) -> (2, S + 1, C, f, h, w), called for what is missing
+    >>> states = trajectories.get(["a", "b"], make)  # make([0, 1]) -> (2, S + 1, C, f, h, w), called for what is missing
     ```
     """
 
@@ -116,24 +118,39 @@ class Trajectories:
         self.directory.mkdir(parents=True, exist_ok=True)
         write_atomic(self.directory / "settings.json", json.dumps(settings, indent=1, sort_keys=True, default=str))
 
-    def get(self, rows: list[int], make: Callable[[list[int]], Tensor]) -> Tensor:
+    def get(self, names: list[str], make: Callable[[list[int]], Tensor]) -> Tensor:
         """
         Args:
-            rows (`list[int]`): Rows of the dataset.
-            make (`Callable`): `make(rows)`: the states of those that are missing, (n, S + 1, C, f, h, w).
+            names (`list[str]`): Those of a batch; see [`trajectory_names`].
+            make (`Callable`): `make(which)`: the states of some of the batch, (n, S + 1, C, f, h, w); called for the missing.
 
         Returns:
             `Tensor`: (B, S + 1, C, f, h, w) float32 on the CPU; the last state is the clean end.
         """
-        missing = [row for row in dict.fromkeys(rows) if not self._path(row).is_file()]
+        missing = [name for name in dict.fromkeys(names) if not self._path(name).is_file()]
         if missing:
-            for row, states in zip(missing, make(missing).to("cpu", torch.float16), strict=True):
-                write_atomic(self._path(row), lambda path, s=states: save_file({"states": s.contiguous()}, path))
+            made = make([names.index(name) for name in missing]).to("cpu", torch.float16)
+            for name, states in zip(missing, made, strict=True):
+                write_atomic(self._path(name), lambda path, s=states: save_file({"states": s.contiguous()}, path))
         # read back even what was just made: a resumed run sees the same bits
-        return torch.stack([load_file(self._path(row))["states"] for row in rows]).float()
+        return torch.stack([load_file(self._path(name))["states"] for name in names]).float()
 
-    def _path(self, row: int) -> Path:
-        return self.directory / f"{row:08d}.safetensors"
+    def _path(self, name: str) -> Path:
+        return self.directory / f"{name}.safetensors"
+
+
+def trajectory_names(rows: list[int], condition: Condition) -> list[str]:
+    """A name for each sample of a batch that tells rows, prompts, images and sizes apart."""
+    return [f"{row:08d}-{condition_digest(condition[i])}" for i, row in enumerate(rows)]
+
+
+def condition_digest(condition: Condition) -> str:
+    """A hash of all that a denoiser is told."""
+    tensors, meta = condition.state()
+    digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def trajectory_grid(denoising_steps: list[float], teacher_steps: int) -> tuple[Tensor, list[int]]:

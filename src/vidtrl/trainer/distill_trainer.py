@@ -15,6 +15,7 @@ Left out: the GAN terms of DMD2 and Self Forcing, and rewards inside distillatio
 """
 
 import contextlib
+import itertools
 import os
 import random
 
@@ -37,7 +38,7 @@ from .clip_data import collate
 from .distill_base import DistillBase
 from .distill_config import VideoDistillConfig
 from .distill_streams import Stream
-from .distill_teacher import trajectory_grid
+from .distill_teacher import trajectory_grid, trajectory_names
 from .draws import draw_seed, generators, randn
 
 
@@ -121,7 +122,8 @@ class VideoDistillTrainer(DistillBase):
         if args.init_adapter is not None and peft_config is None:
             raise ValueError("init_adapter is the start of an adapter: pass peft_config as well")
         for name, rates in args.recipe_rates.items():
-            setattr(args, name, rates[peft_config is None])
+            if getattr(args, name) in rates:  # not set since
+                setattr(args, name, rates[peft_config is None])
         self._micro_step = 0  # of the present optimizer step
         super().__init__(
             model,
@@ -141,19 +143,25 @@ class VideoDistillTrainer(DistillBase):
     def turn(self) -> tuple[str, ...]:
         """The roles that the present optimizer step trains: the fake score first, the student after so many updates."""
         args, step = self.args, self.state.global_step
-        number = args.fake_updates_per_student
         if not args.matches_distributions:
             return ("student",)
-        if args.critic_schedule == "exclusive":
-            return ("student",) if step % (number + 1) == number else ("fake",)
-        return ("student", "fake") if step % number == number - 1 else ("fake",)
+        if self.updates(step + 1) == self.updates(step):
+            return ("fake",)
+        return ("student",) if args.critic_schedule == "exclusive" else ("student", "fake")
+
+    def updates(self, step: int) -> int:
+        args = self.args
+        if not args.matches_distributions:
+            return step
+        return step // (args.fake_updates_per_student + (args.critic_schedule == "exclusive"))
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> Tensor:
         """A micro-batch of the present turn. Gradients stay local until the last one of the step."""
         model.train()
-        if self._micro_step == 0:  # the Trainer's own clears the weights inside its model, and copies are not
-            self.optimizer.zero_grad()
-        inputs, skipped = self._prepare_inputs(inputs), self.num_skipped_batches
+        if self._micro_step == 0:  # the Trainer clears the gradients of its model only, and copies are not inside it
+            for parameter in itertools.chain(*self.clip_groups()):
+                parameter.grad = None
+        inputs, skipped = self.prepare_batch(inputs), self.num_skipped_batches
         roles, share, total, x = self.turn(), 1 / self.current_gradient_accumulation_steps, 0.0, None
         for role in roles:
             with self.policies.active(role):
@@ -165,6 +173,8 @@ class VideoDistillTrainer(DistillBase):
                 self.policies.require(role)
                 self.accelerator.backward(loss.float())
             total += loss.detach()
+        if self.num_skipped_batches > skipped and self.streams is not None:
+            self.streams.drop(self._micro_step)  # a video that is broken stays so
         self._micro_step += 1
         if self.accelerator.sync_gradients:
             self._micro_step = 0
@@ -221,7 +231,7 @@ class VideoDistillTrainer(DistillBase):
     def _matching_loss(self, inputs: dict, sources: list[torch.Generator]) -> tuple[Tensor, Tensor]:
         """DMD (https://huggingface.co/papers/2311.18828, eq. 7) or SiD (https://huggingface.co/papers/2404.04057)."""
         args = self.args
-        x, mask = self.rollout(inputs, sources, grad=True)
+        x, mask = self.rollout(inputs, sources, grad=torch.is_grad_enabled())
         sigma = self.score_sigma(sources)
         noise = randn(x.shape[1:], sources)
         if args.loss_type == "sid":  # its gradient flows through both scores, and into neither's weights
@@ -238,11 +248,13 @@ class VideoDistillTrainer(DistillBase):
 
     def fake_loss(self, inputs: dict, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Flow matching of the fake score on samples of the student."""
-        sources = generators(inputs["draws"], self.args.device)
         if x is None:
+            sources = generators(inputs["draws"], self.args.device)
             with torch.no_grad(), self.policies.active("student"):
                 x, _ = self.rollout(inputs, sources, grad=False)
             self.means.generated(x)
+        else:  # other noise than what x was made of
+            sources = generators([draw_seed(draw) for draw in inputs["draws"]], self.args.device)
         sigma, noise = self.score_sigma(sources), randn(x.shape[1:], sources)
         velocity = self._velocity("fake", flow.add_noise(x, noise, sigma), sigma, self.rollout_condition(inputs))
         error = dm.critic_loss(velocity, x, noise, self.video_model.native_weight(sigma))
@@ -252,9 +264,9 @@ class VideoDistillTrainer(DistillBase):
     def _discrete_loss(self, inputs: dict, sources: list[torch.Generator]) -> Tensor:
         """f(x_n) = f(x_{n+1}) along one step of the teacher (https://huggingface.co/papers/2303.01469, eq. 7; LCM; dCM)."""
         args = self.args
-        clean, condition = self._clean(inputs, sources)
+        clean, condition = self._clean(inputs, sources), inputs["condition"]
         noise = randn(clean.shape[1:], sources)
-        index = self._draw_index(clean, sources, args.teacher_steps - 1)  # (B,), or (B, f) with one for each block
+        index = self._draw_index(clean, sources, args.teacher_steps)  # (B,), or (B, f) with one for each block
         grid = self.noise_levels(torch.linspace(1, 0, args.teacher_steps + 1)[:-1]).to(clean.device)
         grid = torch.cat([grid, grid.new_zeros(1)])
         sigma, sigma_next = grid[index], grid[index + 1]
@@ -270,7 +282,7 @@ class VideoDistillTrainer(DistillBase):
     def _continuous_loss(self, inputs: dict, sources: list[torch.Generator]) -> Tensor:
         """sCM in rCM's form (https://huggingface.co/papers/2510.08431): the derivative along the teacher's trajectory."""
         args, model = self.args, self.video_model
-        clean, condition = self._clean(inputs, sources)
+        clean, condition = self._clean(inputs, sources), inputs["condition"]
         noise = randn(clean.shape[1:], sources)
         mean, std = args.time_distribution
         t = torch.atan(torch.exp(mean + std * randn((1,), sources)[:, 0])).clamp(1e-3, torch.pi / 2 - 1e-3)
@@ -288,11 +300,9 @@ class VideoDistillTrainer(DistillBase):
 
     def _regression_loss(self, inputs: dict, sources: list[torch.Generator]) -> Tensor:
         """From a point of the teacher's trajectory to its end (CausVid, https://huggingface.co/papers/2412.07772, eq. 6)."""
-        by_row = {row: i for i, row in enumerate(inputs["index"])}
-        states = self.trajectories.get(
-            inputs["index"],
-            lambda rows: self._teacher_trajectories(rows, _pick(inputs, [by_row[row] for row in rows])),
-        ).to(self.args.device)
+        names = trajectory_names(inputs["index"], inputs["condition"])
+        states = self.trajectories.get(names, lambda which: self._teacher_trajectories(inputs, which))
+        states = states.to(self.args.device)
         clean = states[:, -1]
         index = self._draw_index(clean, sources, len(self.sigmas))
         sigma = torch.tensor(self.sigmas, device=clean.device)[index]
@@ -312,8 +322,8 @@ class VideoDistillTrainer(DistillBase):
             `tuple`: Clean latents (B, C, f, h, w), and a mask (1, 1, f, 1, 1) of the frames that are judged, or `None` for all.
         """
         args, condition = self.args, inputs["condition"]
-        if args.rollout == "data":
-            clean, condition = self._clean(inputs, sources)
+        if args.rollout == "data" and args.loss_type != "consistency":  # whose DMD term is on samples from noise
+            clean = self._clean(inputs, sources)
             noise = randn(clean.shape[1:], sources)
             index = self._draw_index(clean, sources, len(self.sigmas))
             sigma = torch.tensor(self.sigmas, device=clean.device)[index]
@@ -322,7 +332,7 @@ class VideoDistillTrainer(DistillBase):
         # one exit for the micro-batches of a step and for all processes
         exit_step = random.Random(draw_seed(args.seed, self.state.global_step)).randrange(len(self.sigmas))
         exit_step = exit_step if self.model.training else len(self.sigmas) - 1
-        if args.rollout == "backward_simulation":
+        if self.causal is None:
             return self._few_steps(condition, sources, exit_step, grad), None
         return self._stream_window(inputs, sources, exit_step, grad)
 
@@ -359,7 +369,7 @@ class VideoDistillTrainer(DistillBase):
                 streams.begin(micro_step, inputs["index"], x, draw_seed(args.seed, self.state.global_step, micro_step))
             return x, None
         condition = self.rollout_condition(inputs)
-        self._remember(stream, cache, condition)
+        self._remember(stream, cache, condition, sources)
         new = self._blocks(condition, streams.new_frames, cache, sources, exit_step, grad)
         before = self._as_first_frame(stream.tail)[:, :, -args.stream_overlap :]
         streams.extend(micro_step, new)
@@ -377,15 +387,17 @@ class VideoDistillTrainer(DistillBase):
         return Condition.cat(stored).to(self.args.device)
 
     @torch.no_grad()
-    def _remember(self, stream: Stream, cache: KVCache, condition: Condition) -> None:
+    def _remember(self, stream: Stream, cache: KVCache, condition: Condition, sources) -> None:
         """Keys and values of what a stream's next block sees, with the present weights and under the present prompt."""
         args, start = self.args, stream.position - stream.tail.shape[2]
         with self.policies.active("student", frozen=True) as denoiser:
             for first, latents in ((0, stream.sink[:, :, :start]), (start, stream.tail)):
                 cache.num_frames = first
                 for block in latents.split(args.frames_per_block, 2) if latents.shape[2] else ():
+                    if args.context_noise:
+                        block = flow.add_noise(block, randn(block.shape[1:], sources), args.context_noise)
                     with self.causal.cached(cache, store=True):
-                        self.video_model.velocity(block, 0.0, condition, denoiser=denoiser)
+                        self.video_model.velocity(block, args.context_noise, condition, denoiser=denoiser)
 
     @torch.no_grad()
     def _as_first_frame(self, tail: Tensor) -> Tensor:
@@ -405,15 +417,17 @@ class VideoDistillTrainer(DistillBase):
     ) -> Tensor:
         """A role's velocity; of clips (`clean`), a causal model sees the context that `causal` says."""
         args, frozen = self.args, role != self.policies.current or self.policies.frozen
-        model = self.teacher if role == "teacher" else self.video_model
+        model, causal = self.video_model, self.causal
+        if role == "teacher":
+            model, causal = self.teacher, self.teacher_causal
         with self.policies.active(role, frozen=frozen) as denoiser:
             if clean is None or args.causal is None:
                 return model.velocity(x, sigma, condition, denoiser=denoiser)
             if args.causal == "diffusion_forcing":
-                with self.causal.block_causal(args.frames_per_block):
+                with causal.block_causal(args.frames_per_block):
                     return model.velocity(x, sigma, condition, denoiser=denoiser)
             both, levels = torch.cat([clean, x], 2), torch.cat([torch.zeros_like(sigma), sigma], 1)
-            with self.causal.teacher_forcing(args.frames_per_block):
+            with causal.teacher_forcing(args.frames_per_block):
                 return model.velocity(both, levels, condition, denoiser=denoiser)[:, :, clean.shape[2] :]
 
     def _student_x0(self, x: Tensor, sigma: Tensor, condition: Condition, clean: Tensor) -> Tensor:
@@ -453,17 +467,17 @@ class VideoDistillTrainer(DistillBase):
             return index.repeat_interleave(self.args.frames_per_block, 1)
         return index[:, 0] if self.video_model.per_sample_sigma else index[:1, 0].expand(len(index))
 
-    def _clean(self, inputs: dict, sources: list[torch.Generator]) -> tuple[Tensor, Condition]:
-        """Latents of the batch's clips, drawn from their posterior, and their conditions."""
-        mean, std, condition = self.clean_latents(inputs)
-        return mean + std * randn(mean.shape[1:], sources), condition
+    def _clean(self, inputs: dict, sources: list[torch.Generator]) -> Tensor:
+        """Latents of the batch's clips, drawn from their posterior."""
+        return inputs["mean"] + inputs["std"] * randn(inputs["mean"].shape[1:], sources)
 
     def _target_weights(self):
         return self.average.swapped_in() if self.args.consistency_target == "ema" else contextlib.nullcontext()
 
-    def _teacher_trajectories(self, rows: list[int], inputs: dict) -> Tensor:
-        """The teacher's Euler trajectories of some rows at the student's noise levels and at 0, (n, S + 1, C, f, h, w)."""
-        args, shape = self.args, inputs["condition"].latent_shape
+    def _teacher_trajectories(self, inputs: dict, which: list[int]) -> Tensor:
+        """The teacher's Euler trajectories of some of a batch, at the student's noise levels and at 0: (n, S + 1, C, f, h, w)."""
+        args, shape, rows = self.args, inputs["condition"].latent_shape, [inputs["index"][i] for i in which]
+        inputs = {name: value[which] for name, value in inputs.items() if isinstance(value, Condition)}
         grid, where = trajectory_grid(args.denoising_steps, args.teacher_steps)
         sigmas = [*self.noise_levels(grid[:-1]).tolist(), 0.0]
         x = randn(shape, generators([draw_seed(args.seed, row) for row in rows], args.device))
@@ -486,8 +500,3 @@ def _frames(sigma: Tensor) -> Tensor:
 def _mix(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """x_sigma with one noise level a sample (B,) or a frame (B, f)."""
     return torch.lerp(clean, noise, _frames(sigma).expand_as(clean))
-
-
-def _pick(inputs: dict, positions: list[int]) -> dict:
-    """Some samples of a batch: their conditions."""
-    return {name: value[positions] for name, value in inputs.items() if isinstance(value, Condition)}

@@ -10,6 +10,7 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LoraBaseMixin
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -151,7 +152,9 @@ def load_base_adapters(pipe: DiffusionPipeline, denoiser_name: str, adapters: li
     denoiser.set_adapters(names)
 
 
-def save_adapter(model: PeftModel, directory: str | os.PathLike, state_dict: dict | None = None) -> None:
+def save_adapter(
+    model: PeftModel, directory: str | os.PathLike, state_dict: dict | None = None, name: str = "default"
+) -> None:
     """
     Write the adapter as stock diffusers loads it, with its configuration in the file's metadata.
 
@@ -162,12 +165,13 @@ def save_adapter(model: PeftModel, directory: str | os.PathLike, state_dict: dic
         model (`PeftModel`): The model that carries the adapter.
         directory (`str` or `PathLike`): Where `pytorch_lora_weights.safetensors` goes; must exist.
         state_dict (`dict`, *optional*): Weights that FSDP or ZeRO-3 gathered; default: the model's own.
+        name (`str`, *optional*, defaults to `"default"`): Which of the model's adapters.
     """
     if state_dict is not None:
         state_dict = {name.removeprefix("base_model.model."): value for name, value in state_dict.items()}
-    weights = get_peft_model_state_dict(model.get_base_model(), state_dict=state_dict)
+    weights = get_peft_model_state_dict(model.get_base_model(), state_dict=state_dict, adapter_name=name)
     weights = {PREFIX + name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    config = model.peft_config[model.active_adapter].to_dict()
+    config = model.peft_config[name].to_dict()
     metadata = {PREFIX + name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
     path = os.path.join(directory, ADAPTER_FILE)
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2, sort_keys=True)}
@@ -176,8 +180,24 @@ def save_adapter(model: PeftModel, directory: str | os.PathLike, state_dict: dic
 
 
 def load_adapter(model: PeftModel, directory: str | os.PathLike) -> None:
-    """Read back what [`save_adapter`] wrote, into an adapter of the same shape."""
-    weights = load_file(os.path.join(directory, ADAPTER_FILE))
+    """
+    Read back what [`save_adapter`] wrote, into the adapter `"default"` of the same shape.
+
+    Raises:
+        `ValueError`: If there is none, or its weights do not fit or would be scaled in another way.
+    """
+    path = os.path.join(os.path.expanduser(directory), ADAPTER_FILE)
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no {ADAPTER_FILE} in {os.fspath(directory)!r}")
+    with safe_open(path, framework="pt") as file:
+        saved = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    summary = adapter_summary(model)
+    names = ("r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
+    different = [n for n in names if PREFIX + n in saved and saved[PREFIX + n] != summary.get(n)]
+    if different:
+        values = ", ".join(f"{n}={saved[PREFIX + n]!r} (this run has {summary.get(n)!r})" for n in different)
+        raise ValueError(f"the adapter in {os.fspath(directory)!r} has {values}: pass that in peft_config")
+    weights = load_file(path)
     result = set_peft_model_state_dict(
         model.get_base_model(), {name.removeprefix(PREFIX): value for name, value in weights.items()}
     )
@@ -191,7 +211,7 @@ def load_adapter(model: PeftModel, directory: str | os.PathLike) -> None:
 
 def adapter_summary(model: PeftModel) -> dict:
     """What two adapters must share for one's weights to fit and mean the same in the other."""
-    config = model.peft_config[model.active_adapter].to_dict()
+    config = model.peft_config["default"].to_dict()
     names = ("peft_type", "r", "lora_alpha", "target_modules", "use_dora", "use_rslora", "bias", "rank_pattern")
     names += ("alpha_pattern", "modules_to_save", "lora_dropout")
     plain = {name: config[name] for name in names if name in config}
