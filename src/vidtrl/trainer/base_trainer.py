@@ -464,6 +464,8 @@ class VideoTrainer(Trainer):
         if groups is None:
             norm = super()._clip_grad_norm(model)
         else:
+            # the norm of weights without gradients would be a number on the CPU
+            groups = [group for group in groups if any(p.grad is not None for p in group)]
             norms = [nn.utils.clip_grad_norm_(group, self.args.max_grad_norm) for group in groups]
             norm = torch.stack(norms).norm()
         if self.args.fp16 or norm is None or torch.isfinite(torch.as_tensor(norm)):
