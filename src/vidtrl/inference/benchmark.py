@@ -22,14 +22,14 @@ class Measurement:
     Args:
         name (`str`): What was measured.
         num_inference_steps (`int`): Steps.
-        evaluations (`int`): Calls of the denoiser for one video: the steps, twice that under guidance; a causal student
-            makes the steps for each block, and one more to remember it.
+        evaluations (`int`): Calls of the denoiser for one video: the steps, twice that under guidance; a causal
+            student makes the steps for each block, and one more to remember it.
         denoise_seconds (`float`): From the first of these calls to the clean latents; median over the repeats.
         total_seconds (`float`): The whole pipeline call: prompt to frames; median over the repeats.
         peak_memory (`int`): Bytes on a CUDA or XPU device; elsewhere of the process.
         warmup_seconds (`float`): The first call, with compilation and all.
-        psnr (`float`, *optional*): Of the latents against the unoptimised run with the same seed, in dB over the range of
-            its latents; infinite if they are the same.
+        psnr (`float`, *optional*): Of the latents against the unoptimised run with the same seed, in dB over the range
+            of its latents; infinite if they are the same.
         cosine (`float`, *optional*): Cosine similarity of the two.
     """
 
@@ -58,8 +58,8 @@ def measure(
     """
     Time a sampler. Everything that is queued on the device is waited for before a clock is read.
 
-    Denoising is timed in runs of its own, which stop at the latents, so that no clock is read within the runs that time
-    the whole.
+    Denoising is timed in runs of its own, which stop at the latents, so that no clock is read within the runs that
+    time the whole.
 
     Args:
         name (`str`): For the result.

@@ -27,12 +27,13 @@ Prompt = str | list[str]
 
 class CausalVideoPipeline:
     """
-    A causal few-step student over a stock pipeline's components (Self Forcing, https://huggingface.co/papers/2506.08009).
+    A causal few-step student over a stock pipeline's components (Self Forcing,
+    https://huggingface.co/papers/2506.08009).
 
-    Each block of `frames_per_block` latent frames is denoised in a few steps while it attends to the keys and values of the
-    blocks before it, then enters the cache itself: the rollout that the student was trained with. The text's keys and values
-    are computed once per prompt. A switch of the prompt computes the cache anew under the new one (LongLive,
-    https://huggingface.co/papers/2509.22622).
+    Each block of `frames_per_block` latent frames is denoised in a few steps while it attends to the keys and values
+    of the blocks before it, then enters the cache itself: the rollout that the student was trained with. The text's
+    keys and values are computed once per prompt. A switch of the prompt computes the cache anew under the new one
+    (LongLive, https://huggingface.co/papers/2509.22622).
 
     Args:
         pipe (`DiffusionPipeline`): A text-to-video pipeline whose denoiser is the student: Wan 2.1, Wan 2.2 5B,
@@ -123,8 +124,8 @@ class CausalVideoPipeline:
         """
         Apply an [`InferenceOptimization`], as far as it goes together with a KV cache.
 
-        With `compile`, attention stays out of the compiled graphs (`fullgraph` does not apply): the number of keys changes
-        from block to block, and with it every graph would be compiled again.
+        With `compile`, attention stays out of the compiled graphs (`fullgraph` does not apply): the number of keys
+        changes from block to block, and with it every graph would be compiled again.
 
         Args:
             optimization ([`InferenceOptimization`]): Without `cache` and `context_parallel`.
@@ -164,11 +165,12 @@ class CausalVideoPipeline:
         Generate block after block, each when it is asked for.
 
         With a `window` memory is bounded and a stream may be endless. When the model runs out of positions (Wan has
-        1024), the last clean frames start a new cache at position 0. Without a `window` a stream ends there with an error.
+        1024), the last clean frames start a new cache at position 0. Without a `window` a stream ends there with an
+        error.
 
         Args:
-            prompt (`str`, `list[str]` or `dict`): One prompt, one per clip, or a schedule {block: prompt} that begins with
-                block 0.
+            prompt (`str`, `list[str]` or `dict`): One prompt, one per clip, or a schedule {block: prompt} that begins
+                with block 0.
             height, width (`int`): In pixels.
             num_frames (`int`, *optional*): Video frames to generate; they must be whole blocks.
             num_blocks (`int`, *optional*): Or the number of blocks. Endless without both.
@@ -178,8 +180,8 @@ class CausalVideoPipeline:
             **pipeline_kwargs: Of the pipeline's call, such as `max_sequence_length`.
 
         Returns:
-            [`VideoStream`]: An iterator over float32 frames (F, C, H, W) in [0, 1], or lists of them, one per clip, where
-            `prompt` is a list.
+            [`VideoStream`]: An iterator over float32 frames (F, C, H, W) in [0, 1], or lists of them, one per clip,
+            where `prompt` is a list.
 
         Raises:
             `ValueError`: A size that is not valid, frames that are not whole blocks, a schedule without block 0.

@@ -29,8 +29,8 @@ class StudentConfig:
         window (`int`, *optional*): How many latent frames attention spans, the block's own and the sink's included;
             `None` for all.
         sink (`int`, *optional*, defaults to 0): How many of the first latent frames every block attends to.
-        context_noise (`float`, *optional*, defaults to 0.0): Noise level in [0, 1) at which a finished block enters the
-            KV cache.
+        context_noise (`float`, *optional*, defaults to 0.0): Noise level in [0, 1) at which a finished block enters
+            the KV cache.
         base_adapters (`list[str]`, *optional*): LoRA adapters that stay active under the student, in their order: Hub
             ids, absolute paths, or paths relative to the file.
 
@@ -139,7 +139,8 @@ def read_distill_config(directory: str | os.PathLike) -> StudentConfig:
         directory (`str` or `PathLike`): The student's directory.
 
     Raises:
-        `ValueError`, `TypeError`: The file is missing, is no JSON, or a field is not valid; the message names the file.
+        `ValueError`, `TypeError`: The file is missing, is no JSON, or a field is not valid; the message names the
+        file.
     """
     path = Path(directory, CONFIG_FILE)
     if not path.is_file():

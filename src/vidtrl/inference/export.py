@@ -44,20 +44,20 @@ def load_student(
     """
     The base model's own pipeline with the student's adapters and scheduler in place.
 
-    A bidirectional student is sampled with `pipe(prompt, num_inference_steps=len(denoising_steps), guidance_scale=1.0)`; a
-    causal one through [`CausalVideoPipeline`].
+    A bidirectional student is sampled with `pipe(prompt, num_inference_steps=len(denoising_steps),
+    guidance_scale=1.0)`; a causal one through [`CausalVideoPipeline`].
 
     Args:
-        directory (`str` or `PathLike`): What the trainer saved or [`export_student`] wrote as `"lora"`: the adapter (or
-            `transformer/`, where all weights were trained) and `distill_config.json`. A directory or a Hub id.
+        directory (`str` or `PathLike`): What the trainer saved or [`export_student`] wrote as `"lora"`: the adapter
+            (or `transformer/`, where all weights were trained) and `distill_config.json`. A directory or a Hub id.
         base_model (`str`, `PathLike` or `DiffusionPipeline`, *optional*): Instead of the one that the student names; a
             loaded pipeline is changed in place.
         torch_dtype (`torch.dtype`, *optional*): To load the base model in.
         **load_kwargs: For `DiffusionPipeline.from_pretrained`.
 
     Returns:
-        `DiffusionPipeline`: With the active adapters `"base_0"`, ... (earlier stages) and `"student"`, or the student's
-        own weights.
+        `DiffusionPipeline`: With the active adapters `"base_0"`, ... (earlier stages) and `"student"`, or the
+        student's own weights.
 
     Raises:
         `ValueError`: Nothing to load there, or a family whose pipeline cannot visit a student's timesteps.
@@ -94,9 +94,9 @@ def export_student(
     """
     Write a student in a form that diffusers loads without vidtrl.
 
-    `"lora"` holds `pytorch_lora_weights.safetensors`, those of earlier stages in `base_adapters/`, and `scheduler/`. The
-    scheduler is diffusers' [`FlowMapEulerDiscreteScheduler`] where that is exact, for `sampler="ode"` on a uniform list such
-    as [1000, 750, 500, 250]; otherwise [`FewStepFlowScheduler`], with its source beside it:
+    `"lora"` holds `pytorch_lora_weights.safetensors`, those of earlier stages in `base_adapters/`, and `scheduler/`.
+    The scheduler is diffusers' [`FlowMapEulerDiscreteScheduler`] where that is exact, for `sampler="ode"` on a uniform
+    list such as [1000, 750, 500, 250]; otherwise [`FewStepFlowScheduler`], with its source beside it:
 
     ```python
     pipe = WanPipeline.from_pretrained(base_model)
@@ -120,8 +120,8 @@ def export_student(
     trained; where it was not, that is a deviation of less than one in a thousand.
 
     Args:
-        directory (`str` or `PathLike`): What the trainer saved: the adapter and `distill_config.json`. A directory or a
-            Hub id.
+        directory (`str` or `PathLike`): What the trainer saved: the adapter and `distill_config.json`. A directory or
+            a Hub id.
         output (`str` or `PathLike`, *optional*): Where to write; for `"lora"` the student's own directory if left out.
         format (`str`, *optional*, defaults to `"lora"`): `"lora"` or `"skyreels-v2"`.
         base_model, torch_dtype, **load_kwargs: As in [`load_student`]. `"lora"` reads only the pipeline's name;

@@ -20,9 +20,9 @@ class InferenceOptimization:
     """
     Settings of diffusers' own optimisations, applied to a pipeline in an order that works.
 
-    What helps differs between models. A few-step student already spends little on denoising, so that text encoder and VAE
-    count; caches that skip work between steps are for 20 steps and more. `vidtrl benchmark` measures the gain and what
-    it does to the latents.
+    What helps differs between models. A few-step student already spends little on denoising, so that text encoder and
+    VAE count; caches that skip work between steps are for 20 steps and more. `vidtrl benchmark` measures the gain and
+    what it does to the latents.
 
     Args:
         fuse_lora (`bool`, *optional*, defaults to `False`): Merge the active adapters into the weights. Saves their
@@ -34,19 +34,19 @@ class InferenceOptimization:
             `torch.float8_e4m3fn`, and compute in its own.
         attention_backend (`str`, *optional*): A name of diffusers' `AttentionBackendName`, such as `"_native_cudnn"`,
             `"flash_hub"` or `"sage"`. Diffusers makes it the default of all models in the process as well.
-        cache (`Any`, *optional*): A cache configuration of diffusers, such as `FirstBlockCacheConfig(threshold=0.1)` or
-            `PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2)`; a missing
+        cache (`Any`, *optional*): A cache configuration of diffusers, such as `FirstBlockCacheConfig(threshold=0.1)`
+            or `PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2)`; a missing
             `current_timestep_callback` is filled in. They reuse features of earlier steps, and are refused for
             4 steps or fewer.
         compile (`bool`, *optional*, defaults to `False`): `compile_repeated_blocks` of the denoiser.
         compile_kwargs (`dict`, *optional*): For `torch.compile`; `{"fullgraph": True}` by default.
         offload (`str`, *optional*): `"model"`, `"sequential"` or `"group"`: weights wait on the CPU, by component, by
             layer or by block.
-        offload_kwargs (`dict`, *optional*): For `enable_group_offload`; one block at a time, prefetched in a stream, by
-            default.
+        offload_kwargs (`dict`, *optional*): For `enable_group_offload`; one block at a time, prefetched in a stream,
+            by default.
         vae_tiling, vae_slicing (`bool`, *optional*, defaults to `False`): Decode tile by tile, clip by clip.
-        context_parallel (`diffusers.ContextParallelConfig`, *optional*): Split the sequence over processes started with
-            `torchrun`. Not with [`CausalVideoPipeline`].
+        context_parallel (`diffusers.ContextParallelConfig`, *optional*): Split the sequence over processes started
+            with `torchrun`. Not with [`CausalVideoPipeline`].
 
     Raises:
         `ValueError`: Settings that exclude each other.
@@ -104,15 +104,15 @@ class InferenceOptimization:
 
         Args:
             pipe (`DiffusionPipeline`): Loaded, with its adapters, on the device where it will run (unless offloaded).
-            num_inference_steps (`int`, *optional*): How many steps it will make; needed with `cache`, and read from the
-                scheduler of a few-step student.
+            num_inference_steps (`int`, *optional*): How many steps it will make; needed with `cache`, and read from
+                the scheduler of a few-step student.
 
         Returns:
             `DiffusionPipeline`: The same pipeline.
 
         Raises:
-            `ValueError`: The pipeline, its model or this machine does not have what is asked for; the message says what
-                is missing.
+            `ValueError`: The pipeline, its model or this machine does not have what is asked for; the message says
+                what is missing.
         """
         self.check(pipe, num_inference_steps)
         denoisers = _denoisers(pipe)

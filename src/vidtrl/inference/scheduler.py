@@ -43,9 +43,9 @@ class FewStepFlowScheduler(SchedulerMixin, ConfigMixin):
     pipeline with `num_inference_steps=len(denoising_steps)` and guidance off.
 
     Equal seeds give equal videos. Where the pipeline hands its `generator` to `step`, the fresh noise e_new comes from
-    it. Most do not (Wan, LTX, HunyuanVideo); then each clip's fresh noise is a function of its own initial noise, which
-    does come from the pipeline's generator. It is drawn on the CPU, so that it is the same on every device, and does
-    not depend on the other clips of the batch.
+    it. Most do not (Wan, LTX, HunyuanVideo); then each clip's fresh noise is a function of its own initial noise,
+    which does come from the pipeline's generator. It is drawn on the CPU, so that it is the same on every device, and
+    does not depend on the other clips of the batch.
 
     Args:
         num_train_timesteps (`int`, defaults to 1000): The timestep of pure noise.
@@ -58,7 +58,8 @@ class FewStepFlowScheduler(SchedulerMixin, ConfigMixin):
             UniPC and DPM-Solver do. For students that were trained so; the sigmas stay exact.
 
     Raises:
-        `ValueError`: An unknown sampler, a shift that is not positive, or steps that are not a descending list in range.
+        `ValueError`: An unknown sampler, a shift that is not positive, or steps that are not a descending list in
+        range.
 
     Example:
 
