@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from vidtrl.cli import generate
 from vidtrl.cli.demo import run_demo
 from vidtrl.cli.demo_report import results_table, verdict
-from vidtrl.cli.demo_settings import DemoSettings
-from vidtrl.cli.demo_stages import fine_tune, measure_clips, reinforce, run_side_by_side
+from vidtrl.cli.demo_settings import MODELS, STAGES, DemoSettings
+from vidtrl.cli.demo_stages import distil, fine_tune, measure_clips, reinforce, run_side_by_side
 from vidtrl.cli.errors import Interrupted, UserError
 from vidtrl.cli.main import main
 from vidtrl.data.video import read_video, write_video
+from vidtrl.inference import load_student
 from vidtrl.toy import captions, render
 
 
@@ -41,6 +42,8 @@ SMALL = dataclasses.replace(
         "learning_rate": 2e-2,
         "reward_weights": [1.0, 1.0],
     },
+    distill=DemoSettings().distill
+    | {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 2e-2, "save_steps": 1, "logging_steps": 1},
     rewards=("colorfulness", "temporal-smoothness"),  # noise of a random model shows no shape that could be right
     num_eval_prompts=2,
 )
@@ -64,18 +67,25 @@ def finished(tmp_path_factory, base):
 
 def test_demo_leaves_everything_it_promises(finished):
     folder, results = finished
-    for name in ("data/train/metadata.jsonl", f"sft/{ADAPTER}", f"grpo/{ADAPTER}", "report.html", "generate.py"):
-        assert (folder / name).is_file(), name
-    assert [len(list(folder.glob(f"videos/{n}/*.mp4"))) for n in results["models"]] == [4, 4, 4]
+    adapters = [f"{stage}/{ADAPTER}" for stage in STAGES]
+    for name in ("data/train/metadata.jsonl", *adapters, "distill/scheduler", "report.html", "generate.py"):
+        assert (folder / name).exists(), name
+    assert results["models"] == list(MODELS) == ["base", "sft", "grpo", "teacher", "distill"]
+    assert [len(list(folder.glob(f"videos/{n}/*.mp4"))) for n in results["models"]] == [4] * 5
     assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
-    assert results["num_clips"] == 4 and set(results["metrics"]["all"]) == {"base", "sft", "grpo", "differences"}
-    assert set(results["metrics"]["all"]["differences"]) == set(results["goals"]) == {"sft", "grpo"}
+    assert results["num_clips"] == 4 and set(results["metrics"]["all"]) == {*MODELS, "differences"}
+    assert set(results["metrics"]["all"]["differences"]) == set(MODELS) - {"base"}
+    assert set(results["goals"]) == set(STAGES)
+    speed = results["speed"]
+    assert (speed["teacher"]["evaluations"], speed["distill"]["evaluations"]) == (4, 4)  # 2 steps, guided; 4 steps
+    assert 0.3 < speed["denoise_ratio"] < 3 and speed["distill"]["total_seconds"] > speed["distill"]["denoise_seconds"]
     assert {clip["prompt"] for clip in results["clips"]} <= set(captions())
     # all start from the same noise and differ by the adapters alone
     sides = [[(folder / "videos" / n / c["file"]).read_bytes() for c in results["clips"]] for n in results["models"]]
-    assert all(len(set(clips)) == 3 for clips in zip(*sides, strict=True))
+    assert all(len(set(clips)) == 5 for clips in zip(*sides, strict=True))
     html = (folder / "report.html").read_text()
-    assert html.count("data:video/mp4;base64,") == 12 and "SFT: held-out loss by noise level" in html
+    assert "Distillation: score difference" in html and "The student keeps" in html
+    assert html.count("data:video/mp4;base64,") == 20 and "SFT: held-out loss by noise level" in html
     for title in ("GRPO: reward", "GRPO: each reward in training", "GRPO: never trained on"):
         assert f'aria-label="{title}: mean reward over update"' in html
     assert "the recipe diffusion-nft for 4 updates" in html and "never trained on: toy-presence went from" in html
@@ -86,14 +96,14 @@ def test_finished_stages_are_not_repeated(finished, base):
     folder, results = finished
     kept = [*folder.glob(f"*/{ADAPTER}"), *folder.glob("videos/*/*.mp4")]
     times = {path: path.stat().st_mtime_ns for path in kept}
-    assert len(times) == 2 + 12
+    assert len(times) == 3 + 20
     missing = folder / "videos" / "grpo" / results["clips"][2]["file"]
     before = read_video(missing).int()
     missing.unlink()
     console = Console(file=open(os.devnull, "w"), record=True, width=200)
     again = run_demo(folder, seed=3, base=base, settings=SMALL, console=console)
     text = console.export_text()
-    assert text.count("done before") == 2 and "SFT + GRPO: 4 of 4 clips" in text and "\r" not in text
+    assert text.count("done before") == 3 and "SFT + GRPO: 4 of 4 clips" in text and "\r" not in text
     # the same noise in a batch of one as in a batch of four; another clip is far away
     other = read_video(folder / "videos" / "grpo" / results["clips"][1]["file"]).int()
     distance = lambda video: (video - before).abs().float().mean()  # noqa: E731
@@ -105,7 +115,7 @@ def test_finished_stages_are_not_repeated(finished, base):
     assert first["models"] == ["base", "sft"] and first["metrics"]["all"]["sft"] == results["metrics"]["all"]["sft"]
     html = (folder / "report.html").read_text()
     assert html.count("data:video/mp4;base64,") == 8 and "GRPO" not in html and "diffusion-nft" not in html
-    for stages in (["grpo"], ["grpo", "sft"], []):
+    for stages in (["grpo"], ["grpo", "sft"], ["sft", "distill"], []):
         with pytest.raises(UserError, match="take sft, or sft grpo"):
             run_demo(folder, seed=3, base=base, settings=SMALL, console=QUIET, stages=stages)
 
@@ -169,6 +179,34 @@ def test_interrupted_grpo_goes_on_bit_exactly_and_stacks(finished, base, tmp_pat
     assert distance("sft") > 1e-3 and distance("grpo") > 1e-3
 
 
+def test_the_distilled_student_is_what_its_files_say(finished, base, tmp_path):
+    """Interrupted and gone on with; `load_student`, the demo's plain script and the trainer sample the same."""
+    folder, _ = finished
+    for stage in ("sft", "grpo"):
+        shutil.copytree(folder / stage, tmp_path / stage)
+    with pytest.raises(Interrupted, match="goes on from the last checkpoint"):
+        distil(tmp_path, 3, base, SMALL, StopAt("step 2/3"))
+    assert not (tmp_path / "distill" / "trainer_state.json").exists()
+    trainer = distil(tmp_path, 3, base, SMALL, QUIET)
+    assert same_adapter(tmp_path / "distill", folder / "distill")
+    assert distil(tmp_path, 3, base, SMALL, QUIET) is None
+
+    prompts, seeds = captions()[:2], [7, 8]
+    want = torch.stack(trainer.generate_videos(prompts, seeds, batch_size=2, output_type="latent"))
+    shape = dict(height=SMALL.height, width=SMALL.width, num_frames=SMALL.num_frames, max_sequence_length=16)
+    adapters = [str(tmp_path / stage) for stage in STAGES]
+    plain = generate.load(base, adapters, str(tmp_path / "distill" / "scheduler"))
+    without = generate.load(base, adapters[:2], str(tmp_path / "distill" / "scheduler"))
+    distances = []
+    for pipe in (plain, load_student(tmp_path / "distill", torch_dtype=torch.float32), without):
+        pipe.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        call = dict(num_inference_steps=4, guidance_scale=1.0, output_type="latent")
+        latents = pipe(prompt=prompts, generator=generators, **shape, **call).frames
+        distances.append(float((latents - want).abs().max() / want.abs().max()))
+    assert max(distances[:2]) < 1e-5 < 1e-3 < distances[2]
+
+
 def test_other_runs_and_other_folders_are_refused(finished, base, tmp_path, capsys):
     folder, _ = finished
     with pytest.raises(UserError, match="another seed, base, version or settings"):
@@ -196,7 +234,9 @@ def test_generation_is_plain_diffusers():
         name.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names
     }
     modules |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert modules == {"argparse", "json", "fractions", "pathlib", "av", "torch", "diffusers"}
+    assert modules == {
+        "argparse", "json", "sys", "fractions", "pathlib", "av", "torch", "diffusers", "few_step_flow_scheduler"
+    }  # fmt: skip
 
 
 def test_measurement_tells_right_from_wrong_files(tmp_path):

@@ -1,8 +1,8 @@
 """`vidtrl demo`: the main job end to end on the shipped toy model, in minutes on a laptop's CPU.
 
-Captioned mp4 clips -> `VideoSFTTrainer` with LoRA -> `VideoGRPOTrainer` with a second LoRA on top -> base, SFT and
-SFT + GRPO generate the same held-out clips with plain diffusers in fresh processes -> the mp4 files are decoded and
-measured -> a table, `results.json` and `report.html`.
+Captioned mp4 clips -> `VideoSFTTrainer` with LoRA -> `VideoGRPOTrainer` with a second LoRA on top -> `VideoDistillTrainer`
+with a third, for four steps instead of twenty guided ones -> all of them generate the same held-out clips with plain
+diffusers in fresh processes -> the mp4 files are decoded and measured -> a table, `results.json` and `report.html`.
 Each stage that is complete is skipped when the same command runs again; training goes on from its last checkpoint.
 """
 
@@ -18,9 +18,18 @@ from rich.markup import escape
 
 from .. import __version__
 from ..toy import pipeline_path
-from .demo_report import recipe_note, results_table, verdict, write_demo_report
+from .demo_report import recipe_note, results_table, speed_note, verdict, write_demo_report
 from .demo_settings import STAGES, DemoSettings
-from .demo_stages import fine_tune, generate_clips, measure_clips, reinforce, write_clips, write_json
+from .demo_stages import (
+    distil,
+    fine_tune,
+    generate_clips,
+    measure_clips,
+    measure_speed,
+    reinforce,
+    write_clips,
+    write_json,
+)
 from .env import package_versions
 from .errors import Parser, UserError
 
@@ -42,7 +51,8 @@ def run_demo(
         base (`str`, *optional*): Folder of another `WanPipeline` that knows the toy world; the shipped one by default.
         settings ([`DemoSettings`], *optional*): What to train and measure.
         console (`rich.console.Console`, *optional*): Where to print.
-        stages (`Sequence[str]`, *optional*, defaults to `("sft", "grpo")`): Which trainings; `("sft",)` leaves GRPO out.
+        stages (`Sequence[str]`, *optional*, defaults to all): Which trainings, of `"sft"`, `"grpo"` and `"distill"` in this order;
+            `("sft",)` leaves the others out.
 
     Returns:
         `dict`: What `results.json` holds.
@@ -51,17 +61,20 @@ def run_demo(
         [`UserError`]: If the folder holds something else, or a stage is asked for without the one it builds on.
     """
     if tuple(stages) != STAGES[: len(stages)] or not stages:
-        raise UserError(f"stages {' '.join(stages)}: each builds on the one before it, take sft, or sft grpo")
+        raise UserError(
+            f"stages {' '.join(stages)}: each builds on the one before it, take sft, or sft grpo, or sft grpo distill"
+        )
     output, settings, console = Path(output), settings or DemoSettings(), console or Console()
     # a report is made to be shared: it names no folder of this machine unless asked to
     identity = {"seed": seed, "base": base or "shipped", "settings": asdict(settings)}
     base = str(Path(base or pipeline_path()).resolve())
     _claim(output, {"vidtrl": __version__, **identity})
-    models = ["base", *stages]
+    models = ["base", *(m for stage in stages for m in (("teacher", stage) if stage == "distill" else (stage,)))]
+    number = len(stages) + 3 + ("distill" in stages)
     seconds: dict[str, float] = {}
 
     def stage(text, function, *args):
-        console.print(f"[bold]\\[{len(seconds) + 1}/{len(stages) + 3}][/bold] {escape(text)}")
+        console.print(f"[bold]\\[{len(seconds) + 1}/{number}][/bold] {escape(text)}")
         start = time.perf_counter()
         result = function(*args)
         seconds[function.__name__] = round(time.perf_counter() - start, 1)
@@ -74,9 +87,16 @@ def run_demo(
         rewards = " + ".join(settings.rewards)
         text = f"GRPO: train a second LoRA on {rewards}, {settings.grpo['max_steps']} updates, recipe {settings.grpo['recipe']}"
         stage(text, reinforce, *training)
+    if "distill" in stages:
+        steps = len(settings.distill["denoising_steps"])
+        text = f"distillation: train a third LoRA for {steps} steps without guidance, {settings.distill['max_steps']} updates"
+        stage(text, distil, *training)
     text = f"generate {settings.num_generated} held-out clips with each model, with plain diffusers in fresh processes"
     jobs = stage(text, generate_clips, output, seed, base, settings, models, console)
-    results = stage("measure the mp4 files and write the report", measure_clips, output, jobs, models)
+    speed = None
+    if "distill" in stages:
+        speed = stage("time teacher and student, in turns", measure_speed, output, base, settings)
+    results = stage("measure the mp4 files and write the report", measure_clips, output, jobs, models, speed)
     results |= identity | {"versions": package_versions()}
     results["seconds"] = seconds | {"total": round(sum(seconds.values()), 1)}
     write_json(output / "results.json", results)
@@ -122,7 +142,7 @@ def run(argv: Sequence[str]) -> int:
         nargs="+",
         choices=STAGES,
         default=list(STAGES),
-        help="which trainings (default: sft grpo); the same folder can be given the next one later",
+        help="which trainings (default: sft grpo distill); the same folder can be given the next one later",
     )
     parser.add_argument(
         "--base", metavar="DIR", help="another WanPipeline of the toy world in place of the shipped one"
@@ -141,6 +161,8 @@ def run(argv: Sequence[str]) -> int:
     for stage, reached in results["goals"].items():
         for goal, yes in reached.items():
             console.print(f"  {stage.upper()}: {goal}: {'[green]yes[/green]' if yes else '[red]no[/red]'}")
+    if "speed" in results:
+        console.print(speed_note(results), highlight=False)
     if "grpo" in results["models"]:
         console.print(recipe_note(results, Path(args.output)), highlight=False)
     console.print(

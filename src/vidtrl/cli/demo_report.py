@@ -62,11 +62,10 @@ def verdict(results: dict) -> str:
     """The result in two sentences."""
     row, flicker = results["metrics"]["all"], results["metrics"]["flicker"]
     text = f"Clips that show the asked colour, shape and direction: {100 * row['base']['value']:.0f} % of the base's"
+    words = {"sft": "after SFT", "grpo": "after GRPO", "teacher": "with guidance", "distill": "in four steps without"}
     for name, difference in row["differences"].items():
         points, low, high = (f"{100 * difference[k]:+.0f}" for k in ("value", "low", "high"))
-        text += (
-            f", {100 * row[name]['value']:.0f} % after {name.upper()} ({points} points; 95 % interval {low} to {high})"
-        )
+        text += f", {100 * row[name]['value']:.0f} % {words[name]} ({points} points; 95 % interval {low} to {high})"
     steps = [f"{100 * flicker[name]['value']:.1f} %" for name in results["models"]]
     return f"{text}. Flicker: {', then '.join(steps)}."
 
@@ -86,6 +85,20 @@ def recipe_note(results: dict, output: Path) -> str:
         f"The GRPO stage ran the recipe {settings['grpo']['recipe']} for {settings['grpo']['max_steps']} updates on "
         f"{rewards}. Measured and never trained on: {', '.join(watched) or 'nothing'}. "
         "Why this recipe at this scale: docs/grpo_trainer.md."
+    )
+
+
+def speed_note(results: dict) -> str:
+    """What the distilled student keeps of its teacher, and how much faster it is."""
+    speed, row = results["speed"], results["metrics"]["all"]
+    teacher, student = speed["teacher"], speed["distill"]
+    kept = 100 * row["distill"]["value"] / max(row["teacher"]["value"], 1e-9)
+    return (
+        f"The student keeps {kept:.0f} % of its teacher's clips with all three right, with {student['evaluations']} evaluations "
+        f"of the denoiser a clip instead of {teacher['evaluations']}. A clip takes {1000 * student['denoise_seconds']:.0f} ms of "
+        f"denoising instead of {1000 * teacher['denoise_seconds']:.0f} ({speed['denoise_ratio']:.1f} times as fast), and "
+        f"{1000 * student['total_seconds']:.0f} ms in all instead of {1000 * teacher['total_seconds']:.0f} "
+        f"({speed['total_ratio']:.1f} times as fast; decoding is not distilled)."
     )
 
 
@@ -121,22 +134,27 @@ def write_demo_report(output: Path, results: dict) -> Path:
     stride = max(1, len(clips) // 12)
     shown = clips[::stride][:12]
     clips = shown + [clip for clip in clips if clip not in shown]
-    grpo = "grpo" in models
+    grpo, distill = "grpo" in models, "distill" in models
     flat: dict = {}
     for name, value in results["settings"].items():
-        if name == "sft" or name == "grpo" and grpo:
+        if name == "distill" and not distill:
+            continue
+        if name in ("sft", "distill") or name == "grpo" and grpo:
             flat |= {f"{name}.{key}": one for key, one in value.items()}
         elif grpo or name not in ("grpo", "rewards", "watched_rewards", "num_eval_prompts"):
             flat[name] = ", ".join(value) if isinstance(value, (list, tuple)) else value
     charts = sft_charts(output / "sft" / "trainer_state.json")
     if grpo:
         charts += grpo_charts(output / "grpo" / "trainer_state.json", results["settings"])
+    if distill:
+        charts += distill_charts(output / "distill" / "trainer_state.json")
     stages = "supervised fine-tuning, then GRPO," if grpo else "supervised fine-tuning"
+    stages = "supervised fine-tuning, GRPO and distillation" if distill else stages
     return write_report(
         output / "report.html",
         title=f"vidtrl demo: {stages} of the toy model",
         summary=verdict(results),
-        notes=[recipe_note(results, output)] if grpo else [],
+        notes=([speed_note(results)] if distill else []) + ([recipe_note(results, output)] if grpo else []),
         metrics=metrics,
         clips=clips,
         clips_note="Same prompt and same initial noise for all models. The first twelve are an even walk through all "
@@ -169,6 +187,32 @@ def sft_charts(state_file: Path) -> list:
             charts.append(
                 Chart("SFT: held-out loss by noise level", series, "noise level (sigma)", "velocity error", note)
             )
+    return charts
+
+
+def distill_charts(state_file: Path) -> list:
+    """What tells whether a distillation is healthy: the score difference, the fake score's loss, and the samples' statistics."""
+    from ..report import Chart
+
+    log = json.loads(state_file.read_text())["log_history"]
+
+    def curve(key: str) -> list:
+        return [(entry["step"], entry[key]) for entry in log if key in entry]
+
+    charts = []
+    for title, series, label, note in (
+        ("Distillation: score difference", {"of the student's samples": curve("dmd_gradient")}, "root mean square", ""),
+        ("Distillation: fake score", {"loss": curve("loss/fake")}, "velocity error", ""),
+        (
+            "Distillation: the student's samples",
+            {"standard deviation": curve("generated/std"), "change between frames": curve("generated/temporal_difference")},
+            "of clean latents",
+            "A falling change between frames would be a collapse of motion.",
+        ),
+    ):  # fmt: skip
+        series = {name: points for name, points in series.items() if points}
+        if series:
+            charts.append(Chart(title, series, "update", label, note))
     return charts
 
 

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 
 
-STAGES = ("sft", "grpo")  # in the order in which they build on each other
-MODELS = {"base": "base", "sft": "SFT", "grpo": "SFT + GRPO"}  # each is the one before it and one adapter more
+STAGES = ("sft", "grpo", "distill")  # in the order in which they build on each other
+# what is generated and compared, each with the one before it; the teacher is the model after GRPO, under guidance
+MODELS = {"base": "base", "sft": "SFT", "grpo": "SFT + GRPO", "teacher": "guided", "distill": "distilled"}
 ATTRIBUTES = ("color", "shape", "direction")
 
 
@@ -20,6 +21,7 @@ class DemoSettings:
         lora_r (`int`): Rank of each stage's adapter; `lora_alpha` is equal to it.
         sft (`dict`): Arguments of [`VideoSFTConfig`].
         grpo (`dict`): Arguments of [`VideoGRPOConfig`]. Prompts are all captions.
+        distill (`dict`): Arguments of [`VideoDistillConfig`]. Prompts are all captions.
         rewards (`tuple[str, ...]`): What the GRPO stage is trained on; `grpo` has their weights.
         watched_rewards (`tuple[str, ...]`): Measured in its evaluation and never trained on.
         num_eval_prompts (`int`): Prompts of its evaluation.
@@ -57,13 +59,15 @@ class DemoSettings:
             "num_generations": 8,
             "per_device_train_batch_size": 16,
             "gradient_accumulation_steps": 4,
-            "learning_rate": 7e-4,
+            "learning_rate": 2e-3,
             "lr_scheduler_type": "constant",
-            # prompt accuracy (soft, so that every group has something to compare) and half the smoothness
-            "reward_weights": [1 / 3, 1 / 3, 1 / 3, 0.5],
+            "beta": 0.1,
+            "reward_weights": [1.0, 0.2],
             "multi_objective_aggregation": "sum_then_normalize",
+            # most groups are right altogether: their small differences must not count as much as a wrong shape
+            "scale_rewards": "batch",
             "nft_beta": 0.3,
-            "num_train_sigmas": 3,
+            "num_train_sigmas": 2,
             "num_inference_steps": 10,
             "guidance_scale": 1.0,
             "ema_decay": 0.9,
@@ -74,11 +78,29 @@ class DemoSettings:
             "eval_steps": 8,
             "eval_num_inference_steps": 10,
             "per_device_eval_batch_size": 24,
-            "save_steps": 5,
+            "save_steps": 8,
             "logging_steps": 1,
         }
     )
-    rewards: tuple[str, ...] = ("toy-color", "toy-shape", "toy-direction", "toy-smoothness")
+    distill: dict = field(
+        default_factory=lambda: {
+            "recipe": "dmd2",
+            "max_steps": 150,
+            "per_device_train_batch_size": 16,
+            "learning_rate": 1e-3,
+            "fake_learning_rate": 2e-3,
+            "fake_updates_per_student": 2,
+            "adam_beta1": 0.0,
+            "denoising_steps": [1000, 750, 500, 250],
+            "teacher_guidance_scale": 1.5,
+            "ema_decay": 0.98,
+            "gradient_checkpointing": False,
+            "eval_strategy": "no",
+            "save_steps": 30,
+            "logging_steps": 3,
+        }
+    )
+    rewards: tuple[str, ...] = ("toy-accuracy", "toy-smoothness")
     watched_rewards: tuple[str, ...] = ("toy-presence",)
     num_eval_prompts: int = 24
     height: int = 64

@@ -4,6 +4,7 @@ import json
 import os
 import queue
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from . import generate
-from .demo_settings import ATTRIBUTES, MODELS, DemoSettings
+from .demo_settings import ATTRIBUTES, MODELS, STAGES, DemoSettings
 from .errors import Interrupted
 
 
@@ -113,13 +114,15 @@ def fine_tune(output: Path, seed: int, base: str, settings: DemoSettings, consol
     return _train(trainer, target, console)
 
 
-def load_fused(base: str, adapter: Path):
+def load_fused(base: str, *adapters: Path):
     """
-    The base with an adapter merged into its weights, in memory: what the next stage trains its own adapter on.
+    The base with adapters merged into its weights, in memory: what the next stage trains its own adapter on.
+
+    `base_adapters` would stack them instead; on a model this small each costs about as much time as the model itself.
 
     Args:
         base (`str`): Folder of the base pipeline.
-        adapter (`Path`): Folder with `pytorch_lora_weights.safetensors`.
+        *adapters (`Path`): Folders with `pytorch_lora_weights.safetensors`.
 
     Returns:
         `DiffusionPipeline`: In float32, without adapter layers.
@@ -128,9 +131,10 @@ def load_fused(base: str, adapter: Path):
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
-    pipe.load_lora_weights(adapter)
-    pipe.fuse_lora()
-    pipe.unload_lora_weights()
+    for adapter in adapters:
+        pipe.load_lora_weights(adapter)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
     return pipe
 
 
@@ -162,6 +166,39 @@ def reinforce(output: Path, seed: int, base: str, settings: DemoSettings, consol
         peft_config=LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_r),
     )
     return _train(trainer, target, console)
+
+
+def distil(output: Path, seed: int, base: str, settings: DemoSettings, console: Console):
+    """
+    Distillation: a third adapter, with which few steps without guidance do. Leaves `distill/`, with its scheduler.
+
+    Returns:
+        [`VideoDistillTrainer`] or `None`: The trainer, if there was anything left to train.
+    """
+    target, below = output / "distill", [output / "sft", output / "grpo"]
+    if is_trained(target):
+        console.print("      done before")
+        return None
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    from ..inference import write_distill_config
+    from ..toy import captions
+    from ..trainer import VideoDistillConfig, VideoDistillTrainer
+
+    common = {**_common(target, seed, settings, console), "check_model": False, "eval_on_start": False}
+    common["cache_dir"] = str(output / "cache" / "latents")
+    trainer = VideoDistillTrainer(
+        model=load_fused(base, *below),
+        args=VideoDistillConfig(**{**common, **settings.distill}),
+        train_dataset=Dataset.from_dict({"prompt": captions()}),
+        peft_config=LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_r),
+    )
+    _train(trainer, target, console)
+    # merged in memory alone: whoever loads the student stacks them under it
+    student = asdict(trainer.student_config()) | {"base_adapters": ["../sft", "../grpo"]}
+    write_distill_config(target, **student)
+    return trainer
 
 
 def _common(target: Path, seed: int, settings: DemoSettings, console: Console) -> dict:
@@ -224,9 +261,15 @@ def generate_clips(
     common += [f"--pipeline={base}", f"--jobs={output / 'jobs.json'}", f"--threads={threads}"]
     commands = {}
     for i, name in enumerate(models):
-        adapters = [str(output / stage) for stage in models[1 : i + 1]]
+        adapters = [str(output / stage) for stage in models[1 : i + 1] if stage in STAGES]
         commands[name] = [sys.executable, str(script), *common, f"--output={output / 'videos' / name}"]
         commands[name] += ["--lora", *adapters] if adapters else []
+        if name == "teacher":
+            commands[name] += [f"--guidance_scale={settings.distill['teacher_guidance_scale']}"]
+        if name == "distill":
+            steps = len(settings.distill["denoising_steps"])
+            commands[name] += [f"--num_inference_steps={steps}", "--guidance_scale=1"]
+            commands[name] += [f"--scheduler={output / 'distill' / 'scheduler'}"]
     missing = {name: sum(not (output / "videos" / name / job["file"]).exists() for job in jobs) for name in commands}
     commands = {name: command for name, command in commands.items() if missing[name]}
     if commands:
@@ -287,7 +330,7 @@ def run_side_by_side(
             raise RuntimeError(f"generating with {MODELS[name]} failed: {last} (all of it in {log})")
 
 
-def measure_clips(output: Path, jobs: list[dict], models: Sequence[str]) -> dict:
+def measure_clips(output: Path, jobs: list[dict], models: Sequence[str], speed: dict | None = None) -> dict:
     """Decode every mp4, measure its pixels, and compare each model with the one before it, pair by pair."""
     from ..data.video import read_video
     from ..report import mean_interval, paired_difference, share_interval
@@ -322,13 +365,14 @@ def measure_clips(output: Path, jobs: list[dict], models: Sequence[str]) -> dict
     return {
         "num_clips": len(clips),
         "models": list(models),
-        "goals": goals(metrics),
+        "goals": goals(metrics, speed),
+        **({"speed": speed} if speed else {}),
         "metrics": metrics,
         "clips": clips,
     }
 
 
-def goals(metrics: dict) -> dict[str, dict[str, bool]]:
+def goals(metrics: dict, speed: dict | None = None) -> dict[str, dict[str, bool]]:
     """What each stage was to reach over the one before it, and whether it did."""
     change = lambda metric, stage: metrics[metric]["differences"][stage]["value"]  # noqa: E731
     reached = {
@@ -342,7 +386,62 @@ def goals(metrics: dict) -> dict[str, dict[str, bool]]:
             "flicker is not worse": metrics["flicker"]["differences"]["grpo"]["low"] <= 0,
             "presence, never trained on, falls by 3 points at most": change("present", "grpo") >= -0.03,
         }
+    if "distill" in metrics["all"]["differences"]:
+        kept = metrics["all"]["distill"]["value"] / max(metrics["all"]["teacher"]["value"], 1e-9)
+        reached["distill"] = {
+            "the student keeps 90 % of its teacher's clips with all right": kept >= 0.9,
+            "denoising is at least 8 times as fast": speed["denoise_ratio"] >= 8,
+            "a whole clip is made at least 6 times as fast": speed["total_ratio"] >= 6,
+        }
     return reached
+
+
+def measure_speed(output: Path, base: str, settings: DemoSettings) -> dict:
+    """
+    Seconds for the same clips by the guided teacher and by the student, in turns, in one process, adapters merged in both.
+
+    Returns:
+        `dict`: `teacher` and `distill` (denoiser evaluations a clip, seconds of denoising and of the whole call a clip, medians),
+        `denoise_ratio`, `total_ratio` and `num_clips`.
+    """
+    import torch
+
+    from ..inference import FewStepFlowScheduler
+    from ..inference.benchmark import measure
+    from ..toy import captions
+
+    prompts = _spread(captions(), 12)
+    steps = settings.num_inference_steps, len(settings.distill["denoising_steps"])
+    guidance = settings.distill["teacher_guidance_scale"], 1.0
+    pipes = {
+        "teacher": load_fused(base, output / "sft", output / "grpo"),
+        "distill": load_fused(base, output / "sft", output / "grpo", output / "distill"),
+    }
+    scheduler = output / "distill" / "scheduler"
+    pipes["distill"].scheduler = FewStepFlowScheduler.from_pretrained(scheduler)
+    rounds: dict[str, list] = {name: [] for name in pipes}
+    for _ in range(3):
+        for (name, pipe), number, scale in zip(pipes.items(), steps, guidance, strict=True):
+            pipe.set_progress_bar_config(disable=True)
+
+            def sample(output_type, pipe=pipe, number=number, scale=scale):
+                return pipe(
+                    prompt=prompts, height=settings.height, width=settings.width, num_frames=settings.num_frames,
+                    num_inference_steps=number, guidance_scale=scale, output_type=output_type,
+                    max_sequence_length=settings.max_sequence_length,
+                    generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
+                ).frames  # fmt: skip
+
+            result, _ = measure(name, sample, [pipe.transformer], "cpu", number, repeats=1)
+            rounds[name].append(result)
+    found: dict = {"num_clips": len(prompts)}
+    for name, results in rounds.items():
+        found[name] = {"evaluations": results[0].evaluations}
+        for key in ("denoise_seconds", "total_seconds"):
+            found[name][key] = statistics.median(getattr(r, key) for r in results) / len(prompts)
+    for key in ("denoise", "total"):
+        found[f"{key}_ratio"] = found["teacher"][f"{key}_seconds"] / found["distill"][f"{key}_seconds"]
+    return found
 
 
 def write_json(path: Path, data) -> None:

@@ -6,6 +6,8 @@ what any diffusers user gets from the base model, and from the base model with t
     python generate.py --pipeline BASE --jobs jobs.json --output videos/base
     python generate.py --pipeline BASE --lora sft --jobs jobs.json --output videos/sft
     python generate.py --pipeline BASE --lora sft grpo --jobs jobs.json --output videos/grpo
+    python generate.py --pipeline BASE --lora sft grpo distill --scheduler distill/scheduler --jobs jobs.json \
+        --num_inference_steps 4 --guidance_scale 1 --output videos/distill
 
 `jobs.json` is a list of {"prompt", "seed", "file"}. Files that exist are kept, so an interrupted run goes on. Each
 finished file is announced on stdout.
@@ -13,6 +15,7 @@ finished file is announced on stdout.
 
 import argparse
 import json
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -36,14 +39,19 @@ def write_mp4(path: Path, frames, fps: int, crf: int) -> None:
     partial.replace(path)
 
 
-def load(pipeline: str, loras: list[str]) -> DiffusionPipeline:
-    """The base pipeline with these adapters stacked, all of them active."""
+def load(pipeline: str, loras: list[str], scheduler: str | None = None) -> DiffusionPipeline:
+    """The base pipeline with these adapters stacked, all of them active, and a student's scheduler if there is one."""
     pipe = DiffusionPipeline.from_pretrained(pipeline, dtype=torch.float32)
     names = [f"stage_{i + 1}" for i in range(len(loras))]
     for folder, name in zip(loras, names, strict=True):
         pipe.load_lora_weights(folder, adapter_name=name)
     if names:
         pipe.set_adapters(names)
+    if scheduler:
+        sys.path.insert(0, scheduler)  # its source lies beside its configuration
+        from few_step_flow_scheduler import FewStepFlowScheduler
+
+        pipe.scheduler = FewStepFlowScheduler.from_pretrained(scheduler)
     return pipe
 
 
@@ -57,6 +65,7 @@ def main(argv=None) -> None:
         metavar="DIR",
         help="with pytorch_lora_weights.safetensors; several are stacked",
     )
+    parser.add_argument("--scheduler", metavar="DIR", help="of a few-step student")
     parser.add_argument("--jobs", required=True, type=Path, help='JSON list of {"prompt", "seed", "file"}')
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--height", type=int, default=64)
@@ -78,7 +87,7 @@ def main(argv=None) -> None:
     jobs = [job for job in json.loads(args.jobs.read_text()) if not (args.output / job["file"]).exists()]
     if not jobs:
         return
-    pipe = load(args.pipeline, args.lora).to(args.device)
+    pipe = load(args.pipeline, args.lora, args.scheduler).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     for start in range(0, len(jobs), args.batch_size):
         batch = jobs[start : start + args.batch_size]

@@ -323,11 +323,14 @@ class DistillBase(ClipTrainer):
 
     def student_config(self, base_adapters: list[str] | None = None) -> StudentConfig:
         """How the student is sampled, as `distill_config.json` says it."""
-        args, middle = self.args, float(self.noise_levels(torch.tensor([0.5])))
+        args, shift = self.args, self.args.shift
+        if shift == "auto":  # what it stands for
+            middle = float(self.noise_levels(torch.tensor([0.5])))
+            shift = round(middle / (1 - middle), 4)
         return StudentConfig(
             base_model=self.model_identity["name_or_path"],
             denoising_steps=[float(step) for step in args.denoising_steps],
-            shift=round(middle / (1 - middle), 6),  # what "auto" stands for
+            shift=shift,
             sampler=args.sampler,
             frames_per_block=args.frames_per_block,
             window=args.window,
