@@ -14,6 +14,7 @@ COMMANDS = {
     "sft": (".sft", "fine-tune a video diffusion model on captioned clips (LoRA, DoRA or full)"),
     "grpo": (".grpo", "train a video diffusion model on reward functions with GRPO and its family"),
     "distill": (".distill", "distil a video diffusion model into a few-step or streaming student"),
+    "prompt": (".prompt", "train a language model to write prompts for a video model"),
     "check-model": (".check_model", "prove that vidtrl samples and trains a model as its pipeline means it"),
     "benchmark": (".benchmark", "time a model or a few-step student, and what an optimisation changes"),
     "demo": (".demo", "post-train the shipped toy model on a laptop, SFT then GRPO, and show before and after"),

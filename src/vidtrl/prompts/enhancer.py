@@ -307,11 +307,15 @@ class PromptEnhancer:
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write model (of a PEFT model the adapter alone), tokenizer, `prompt_enhancer.json` and a model card."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         if self.model is not None:
             self.model.save_pretrained(directory)
             self.tokenizer.save_pretrained(directory)
+        self.save_settings(directory)
+
+    def save_settings(self, directory: str | os.PathLike) -> None:
+        """Write all but the model and the tokenizer, beside which a trainer's `save_model` has put them."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.settings(), indent=2, ensure_ascii=False)
         (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         self.model_card().save(directory / "README.md")

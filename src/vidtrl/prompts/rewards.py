@@ -56,6 +56,8 @@ class video_reward:  # noqa: N801 - made like the functions that it stands for, 
         cache_size (`int`, *optional*, defaults to `1024`): Videos that are kept, the last used ones. 0 keeps none.
         reward_timeout (`float`, *optional*), reward_error (`str`, *optional*, defaults to `"raise"`): As for
             [`VideoGRPOConfig`].
+        device (`torch.device` or `str`, *optional*): Where a model that is loaded here goes; by default the accelerator
+            (in bfloat16), or else the CPU.
         **pipeline_kwargs: Further arguments of the pipeline, such as `max_sequence_length`.
 
     Attributes:
@@ -93,6 +95,7 @@ class video_reward:  # noqa: N801 - made like the functions that it stands for, 
         cache_size: int = 1024,
         reward_timeout: float | None = None,
         reward_error: str = "raise",
+        device: torch.device | str | None = None,
         **pipeline_kwargs: Any,
     ):
         self.__name__ = "video_reward"
@@ -103,9 +106,10 @@ class video_reward:  # noqa: N801 - made like the functions that it stands for, 
                 raise ValueError(f"{name} must be at least {low}, not {value}")
         self.runner = RewardRunner(reward_funcs, reward_weights, timeout=reward_timeout, on_error=reward_error)
         if isinstance(model, (str, os.PathLike)):
-            accelerator = torch.accelerator.current_accelerator(check_available=True)
-            model = VideoModel.from_pretrained(model, torch_dtype=torch.bfloat16 if accelerator else torch.float32)
-            model.pipe.to(accelerator or "cpu")
+            device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+            dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+            model = VideoModel.from_pretrained(model, torch_dtype=dtype)
+            model.pipe.to(device)
         elif not isinstance(model, VideoModel):
             model = VideoModel.from_pretrained(model)
         if model.family.image:

@@ -63,7 +63,7 @@ VERBS = ("drifting", "gliding", "heading", "sliding", "travelling", "floating")
 CLUTTER = (
     "cinematic",
     "highly detailed",
-    "4k",
+    "very sharp",
     "for my sister",
     "in slow motion",
     "with soft light",
