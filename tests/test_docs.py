@@ -17,6 +17,9 @@ SMALL = {  # what a reader would change to run the same program on a laptop
     "num_frames=81).frames": "num_frames=17, num_inference_steps=2).frames",
     "num_frames=81": "num_frames=17",
     "fps=16, max_steps=1000": "fps=8, max_sequence_length=16, per_device_train_batch_size=2, use_cpu=True, max_steps=2",
+    "max_steps=3600": "max_sequence_length=16, per_device_train_batch_size=2, fake_updates_per_student=1, use_cpu=True, "
+    'max_steps=2, cache_dir="cache"',
+    'recipe="self-forcing"': 'recipe="self-forcing", frames_per_block=1',
     "gradient_accumulation_steps=8": "gradient_accumulation_steps=1",
     "max_steps=300": "max_sequence_length=16, num_inference_steps=3, use_cpu=True, max_steps=1",
     '.to("cuda")': "",
