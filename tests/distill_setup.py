@@ -11,7 +11,7 @@ from peft import LoraConfig
 sys.path.insert(0, str(Path(__file__).parent))
 
 from sft_setup import SIZE  # noqa: E402
-from tiny_pipelines import wan  # noqa: E402
+from tiny_pipelines import tiny_wan_transformer, wan  # noqa: E402
 
 from vidtrl import VideoDistillConfig, VideoDistillTrainer  # noqa: E402
 
@@ -71,3 +71,11 @@ def weights(trainer, role="student") -> dict:
 
 def distance(a: dict, b: dict) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def other_size(**parts):
+    """A pipeline with another transformer, larger than `wan`'s."""
+    pipe = wan()[0]
+    transformer = tiny_wan_transformer(seed=1)
+    pipe.register_modules(transformer=type(transformer)(**{**transformer.config, "num_layers": 3}), **parts)
+    return pipe

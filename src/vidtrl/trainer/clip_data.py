@@ -179,8 +179,13 @@ class ClipTrainer(VideoTrainer):
             for name, module in pipe.components.items()
             if isinstance(module, nn.Module) and name not in model.denoisers
         }
+        config = dict(
+            next(iter(model.denoisers.values())).config
+        )  # pipelines compute rotary embeddings and masks from it
+        config = {name: value for name, value in config.items() if name[0] != "_" and name != "use_cache"}
         return {
             "model": str(pipe.name_or_path or type(pipe).__name__),
+            "denoiser": json.loads(json.dumps(config, default=str)),
             "revision": str((args.model_init_kwargs or {}).get("revision")),
             "pipeline": type(pipe).__name__,
             "encoders": encoders,
@@ -258,7 +263,7 @@ class ClipTrainer(VideoTrainer):
         if None not in (args.height, args.width, args.num_frames):
             return args.height, args.width, args.num_frames
         dataset = self.train_dataset.dataset
-        shapes = dataset.shapes if isinstance(dataset, CachedDataset) else dataset.plan.buckets
+        shapes = dataset.plan.buckets if isinstance(dataset, VideoDataset) else dataset.shapes
         num_frames, height, width = shapes[Counter(dataset.buckets).most_common(1)[0][0]]
         return height, width, num_frames
 

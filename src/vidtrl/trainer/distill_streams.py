@@ -99,7 +99,7 @@ class Streams:
             tensors |= {f"{number}.{name}": getattr(stream, name).cpu().contiguous() for name in ("sink", "tail")}
             plain = {n: v for n, v in asdict(stream).items() if n not in ("sink", "tail")}
             meta[str(number)] = json.dumps(plain)
-        save_file(tensors, path, meta)
+        save_file(tensors, path, meta or None)  # safetensors cannot read empty metadata back
 
     def load(self, path: str | os.PathLike, device: torch.device) -> None:
         """Read them back."""

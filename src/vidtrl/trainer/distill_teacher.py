@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..data import VideoDataset
 from ..data.store import write_atomic
 from ..models import Condition, VideoModel
 from .checkpoint import weights_fingerprint
@@ -81,6 +82,11 @@ class Joined(Dataset):
     def buckets(self) -> list[int]:
         """The bucket of each item."""
         return self.dataset.buckets
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """The buckets' (num_frames, height, width)."""
+        return self.dataset.plan.buckets if isinstance(self.dataset, VideoDataset) else self.dataset.shapes
 
     @property
     def sample_ids(self) -> list[str]:

@@ -119,6 +119,11 @@ class VideoDistillTrainer(DistillBase):
                 raise ValueError("lora_dropout must be 0: rollouts and scores have to see the same roles")
             if peft_config.modules_to_save or peft_config.bias != "none":
                 raise ValueError("modules_to_save and bias train weights that the roles share: leave them out")
+            if str(peft_config.init_lora_weights).split("_")[0] in ("pissa", "olora", "corda", "loftq", "lora"):
+                raise ValueError(
+                    f"init_lora_weights={peft_config.init_lora_weights!r} changes the base, which is the teacher: use True or "
+                    "'gaussian'"
+                )
         if args.init_adapter is not None and peft_config is None:
             raise ValueError("init_adapter is the start of an adapter: pass peft_config as well")
         for name, rates in args.recipe_rates.items():
@@ -137,6 +142,10 @@ class VideoDistillTrainer(DistillBase):
             peft_config=peft_config,
             data_collator=collate,
         )
+
+    def train(self, *args, **kwargs):
+        self._micro_step = 0  # a run before this one may have been interrupted within a step
+        return super().train(*args, **kwargs)
 
     # ---- Whose turn it is ----
 

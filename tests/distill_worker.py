@@ -1,0 +1,91 @@
+"""One of the processes of a distillation; see grpo_worker, which starts processes in the same way.
+
+Each job is a list of cases, trained one after the other: `<out>/<case>.safetensors` holds the trained weights of both roles
+and `<out>/<case>.json` what was logged.
+"""
+
+import faulthandler
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from datasets import load_from_disk
+from distill_setup import dataset, make_trainer, weights
+from safetensors.torch import save_file
+from sft_setup import digest
+from transformers import TrainerCallback
+
+
+HANGS = 120  # seconds a case
+
+
+class Killed(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def start(job, **environment):
+    """Run a job in a process of its own; returns the process and the file of its output."""
+    context = multiprocessing.get_context("forkserver")
+    here = str(Path(__file__).parent)
+    if here not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    context.set_forkserver_preload(["distill_worker"])
+    log = Path(job["out"], f"log{environment.get('RANK', '')}")
+    process = context.Process(target=_child, args=(job, environment, log))
+    process.start()
+    return process, log
+
+
+def _child(job, environment, log):
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    trainers = []
+    for name, config in job["cases"].items():
+        faulthandler.dump_traceback_later(HANGS, exit=True)  # a process that hangs says where, and fails
+        trainers.append(train(job, name, **config))
+    trainers[-1].end()
+    os._exit(0)  # see sft_worker
+
+
+def roles(trainer) -> dict:
+    names = [name for name in ("student", "fake") if name in trainer.policies]
+    return {f"{role}.{name}": w for role in names for name, w in weights(trainer, role).items()}
+
+
+def train(job, name, *, clips=False, evaluate=False, resume=None, kill=None, **config):
+    out = Path(job["out"])
+    rows = load_from_disk(job["clips"]) if clips else dataset()
+    arguments = dict(eval_dataset=rows.select(range(3))) if evaluate else {}
+    trainer = make_trainer(out / name, job["cache"], rows=rows, trainer=arguments, **config)
+    if kill is not None:
+        trainer.add_callback(Killed(kill))
+    untrained = roles(trainer)
+    trainer.train(resume_from_checkpoint=resume)
+    trained = roles(trainer)
+    everywhere = gather_object([digest(trained)])
+    metrics = trainer.evaluate() if evaluate else {}
+    if trainer.is_world_process_zero():
+        save_file(trained, out / f"{name}.safetensors")
+        result = {
+            "num_processes": trainer.accelerator.num_processes,
+            "digests": everywhere,
+            "moved": {
+                role: max((w - untrained[n]).abs().max().item() for n, w in trained.items() if n.startswith(role))
+                for role in {n.split(".")[0] for n in trained}
+            },
+            "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
+            "metrics": {n: v for n, v in metrics.items() if "loss" in n or "generated" in n},
+        }
+        (out / f"{name}.json").write_text(json.dumps(result))
+    return trainer
