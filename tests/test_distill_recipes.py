@@ -288,8 +288,6 @@ def test_streams_are_saved_whole(tmp_path, sink):
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     other.load(tmp_path / "empty", torch.device("cpu"))
     assert other.streams == {}
-    with pytest.raises(ValueError, match="as many processes as wrote the checkpoint"):
-        other.load(tmp_path / "missing", torch.device("cpu"))
 
 
 def test_a_video_is_continued_from_step_to_step(tmp_path, cache_dir):

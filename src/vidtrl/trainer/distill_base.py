@@ -456,6 +456,12 @@ class DistillBase(ClipTrainer):
 
     def load_rank_state(self, directory: Path) -> None:
         if self.streams is not None:
+            number = len(list(directory.glob("streams-*.safetensors")))
+            if number != self.args.world_size:
+                raise ValueError(
+                    f"cannot resume from {directory}: it holds the videos of {number} processes, and there are "
+                    f"{self.args.world_size} now. Resume with as many as before"
+                )
             self.streams.load(directory / f"streams-{self.args.process_index}.safetensors", self.args.device)
 
     # ---- Logging and evaluation ----

@@ -4,7 +4,6 @@ import json
 import os
 import random
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -103,10 +102,6 @@ class Streams:
 
     def load(self, path: str | os.PathLike, device: torch.device) -> None:
         """Read them back."""
-        if not Path(path).is_file():
-            raise ValueError(
-                f"cannot resume: {path} is missing. Resume with as many processes as wrote the checkpoint"
-            )
         with safe_open(path, framework="pt") as file:
             self.streams = {
                 int(number): Stream(

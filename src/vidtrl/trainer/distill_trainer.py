@@ -251,7 +251,9 @@ class VideoDistillTrainer(DistillBase):
                 x_s = flow.add_noise(x, noise, sigma)
                 fake, real = self._fake_x0(x_s, sigma, inputs), self._teacher_x0(x_s, sigma, inputs)
             loss = dm.dmd_loss(x, fake, real, mask=mask)
-            self.means.add("dmd_gradient", torch.sqrt(2 * loss))  # its root mean square
+            counted = torch.ones_like(x) if mask is None else mask.expand_as(x)
+            squares = counted * dm.dmd_gradient(x, fake, real).square()
+            self.means.add("dmd_gradient", torch.sqrt(squares.flatten(1).sum(1) / counted.flatten(1).sum(1)))
         self.means.generated(x)
         return loss, x.detach()
 
