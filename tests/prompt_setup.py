@@ -25,6 +25,7 @@ def byte_tokenizer(chat=False):
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="<|im_end|>",
+        model_max_length=512,
         additional_special_tokens=["<|im_start|>"],
         chat_template=CHAT_TEMPLATE if chat else None,
     )

@@ -198,6 +198,15 @@ def test_an_empty_answer_falls_back_and_says_so():
         assert enhancer(["", "  "]) == ["", "  "] and enhancer([]) == []
 
 
+def test_a_prompt_that_does_not_fit_is_used_as_it_is():
+    enhancer = enhancer_of(byte_lm, max_new_tokens=100)
+    long = "cat " * 100
+    with pytest.warns(PromptFallbackWarning, match="too long for the model") as warned:
+        results = enhancer.enhance([long, "", long])
+    assert [r.text for r in results] == [long, "", long] and len(warned) == 2
+    assert enhancer._fits("cat " * 80) and not enhancer._fits(long)
+
+
 def test_garbage_falls_back_after_every_retry(monkeypatch):
     enhancer = enhancer_of(temperature=1.0, num_retries=2, language="English")
     calls = []

@@ -169,14 +169,21 @@ class PromptEnhancer:
         added = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
         return [t for t in {*self.tokenizer.all_special_tokens, *added} if t.strip()]
 
+    def _text(self, prompt: str) -> str:
+        framed = self.format(prompt)
+        if not self.is_chat:
+            return framed
+        options = {"add_generation_prompt": True, "tokenize": False, **self.chat_template_kwargs}
+        return self.tokenizer.apply_chat_template(framed, **options)
+
     def _encode(self, prompts: Sequence[str]):
-        texts = [self.format(p) for p in prompts]
-        if self.is_chat:
-            options = {"add_generation_prompt": True, "tokenize": False, **self.chat_template_kwargs}
-            texts = [self.tokenizer.apply_chat_template(messages, **options) for messages in texts]
-        return self.tokenizer(
-            texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=not self.is_chat
-        ).to(self.model.device)
+        texts, special = [self._text(p) for p in prompts], not self.is_chat  # a chat template has written its own
+        encoded = self.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=special)
+        return encoded.to(self.model.device)
+
+    def _fits(self, prompt: str) -> bool:
+        length = len(self.tokenizer(self._text(prompt))["input_ids"])
+        return length + self.max_new_tokens <= self.tokenizer.model_max_length
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], seed: int | None = None, temperature: float | None = None) -> list[str]:
@@ -259,13 +266,16 @@ class PromptEnhancer:
             return [Enhancement(p, self.template.without_model(p), True) if p.strip() else _empty(p) for p in prompts]
         results: dict[int, Enhancement] = {i: _empty(p) for i, p in enumerate(prompts) if not p.strip()}
         todo = [i for i in range(len(prompts)) if i not in results]
+        too_long = [i for i in todo if not self._fits(prompts[i])]
+        results |= {i: Enhancement(prompts[i], prompts[i], False, "it is too long for the model") for i in too_long}
+        todo = [i for i in todo if i not in too_long]
         seed = self.seed if seed is None else seed
         for attempt in range(self.num_retries + 1):
             temperature = self.temperature if attempt == 0 else max(self.temperature, RETRY_TEMPERATURE)
             answers = self.generate([prompts[i] for i in todo], seed + 7919 * attempt, temperature) if todo else []
             results |= {i: self.judge(prompts[i], answer) for i, answer in zip(todo, answers, strict=True)}
             todo = [i for i in todo if not results[i].enhanced]
-        for i in todo:
+        for i in sorted([*todo, *too_long]):
             warnings.warn(
                 f"the prompt {prompts[i]!r} is used as it is: {results[i].reason}", PromptFallbackWarning, stacklevel=3
             )

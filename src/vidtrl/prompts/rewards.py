@@ -152,7 +152,6 @@ class video_reward:  # noqa: N801 - made like the functions that it stands for, 
         means = total.view(-1, repeat).nanmean(1)
         return [None if value != value else value for value in means.tolist()]
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[str]) -> list[torch.Tensor]:
         """
         The videos of prompts, from the cache where it has them.
@@ -164,7 +163,11 @@ class video_reward:  # noqa: N801 - made like the functions that it stands for, 
             `list[torch.Tensor]`: One video a prompt and seed, the seeds of a prompt side by side: float32 (F, C, H, W) in
             [0, 1] on the CPU, in steps of 1/255.
         """
-        wanted = [(prompt, seed) for prompt in prompts for seed in self.seeds]
+        return self.render([(prompt, seed) for prompt in prompts for seed in self.seeds])
+
+    @torch.no_grad()
+    def render(self, wanted: Sequence[tuple[str, int]]) -> list[torch.Tensor]:
+        """The videos of (prompt, seed) pairs, as `generate` returns them."""
         missing = [key for key in dict.fromkeys(wanted) if key not in self._cache]
         self.renders += len(missing)
         self.cache_hits += len(wanted) - len(missing)
