@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from vidtrl import VideoGRPOTrainer
 from vidtrl.rewards.runner import RewardError
 from vidtrl.trainer.ema import WeightAverage
+from vidtrl.trainer.grpo_logging import GenerationMetrics
 
 
 def constant(videos, **kwargs):
@@ -61,7 +62,7 @@ def test_metrics_have_trls_names(tmp_path):
     expected = {
         "loss", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std", "kl", "ratio/mean",
         "rewards/brightness/mean", "rewards/brightness/std", "rewards/contrast/mean", "rewards/contrast/std",
-        "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "grad_norm/step_0", "grad_norm/step_1",
+        "clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean", "clip_ratio/high_max", "clip_ratio/region_mean", "grad_norm/step_0", "grad_norm/step_1",
         "nfe", "rollout_time", "reward_time", "update_time",
     }  # fmt: skip
     assert expected <= set(logs) and "grad_norm/step_2" not in logs
@@ -363,6 +364,18 @@ def test_clipping_stops_what_moved_far_enough(tmp_path):
     region = history(trainer, "clip_ratio/region_mean")
     assert region[0] == 0 and region[1] > 0.5
     assert history(trainer, "grad_norm")[1] < history(trainer, "grad_norm")[0]
+
+
+def test_extremes_are_logged_as_extremes():
+    metrics = GenerationMetrics()
+    for value in (0.1, 0.3):
+        for name in ("clip_ratio/low_min", "clip_ratio/low_mean", "clip_ratio/high_max", "kl"):
+            metrics.values[name].append(torch.tensor(value))
+    found = metrics.collect()
+    assert found == pytest.approx(
+        {"clip_ratio/low_min": 0.1, "clip_ratio/low_mean": 0.2, "clip_ratio/high_max": 0.3, "kl": 0.2}
+    )
+    assert metrics.collect() == {}
 
 
 def test_training_again_samples_anew(tmp_path):

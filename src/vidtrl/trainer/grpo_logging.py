@@ -62,8 +62,9 @@ class GenerationMetrics:
         values["ratio/mean"].append(ratio.mean())
         if args.loss_type in ("clipped", "awm"):
             low_clipped, high_clipped = (ratio < 1 - args.epsilon) & (a < 0), (ratio > 1 + high) & (a > 0)
-            values["clip_ratio/low_mean"].append(low_clipped.float().mean())
-            values["clip_ratio/high_mean"].append(high_clipped.float().mean())
+            for name, clipped in (("low_mean low_min", low_clipped), ("high_mean high_max", high_clipped)):
+                for key in name.split():
+                    values[f"clip_ratio/{key}"].append(clipped.float().mean())
             values["clip_ratio/region_mean"].append((low_clipped | high_clipped).float().mean())
         if args.beta > 0:
             values["kl"].append(kl.detach()[counted].mean())
@@ -76,14 +77,23 @@ class GenerationMetrics:
             velocity.register_hook(norms)
 
     def collect(self) -> dict[str, float]:
-        """Means over all processes, and start again. Every process must call it."""
+        """
+        Means over all processes, and start again. Every process must call it.
+
+        A name that ends in `_min` or `_max` is the smallest or largest value instead, as TRL has it.
+        """
         local = {name: [float(v) for v in values] for name, values in self.values.items()}
         merged: dict[str, list[float]] = defaultdict(list)
         for one in gather_object([local]):
             for name, values in one.items():
                 merged[name] += values
         self.values.clear()
-        return {name: sum(merged[name]) / len(merged[name]) for name in sorted(merged) if merged[name]}
+        reduce = {"min": min, "max": max}
+        return {
+            name: reduce.get(name.rsplit("_", 1)[-1], lambda values: sum(values) / len(values))(merged[name])
+            for name in sorted(merged)
+            if merged[name]
+        }
 
 
 def nanstd(values: Tensor) -> Tensor:
