@@ -55,7 +55,7 @@ class DemoSettings:
     grpo: dict = field(
         default_factory=lambda: {
             "recipe": "diffusion-nft",
-            "max_steps": 32,
+            "max_steps": 36,
             "num_generations": 8,
             "per_device_train_batch_size": 16,
             "gradient_accumulation_steps": 4,
@@ -75,10 +75,10 @@ class DemoSettings:
             "rollout_batch_size": 32,
             "vae_batch_size": 8,
             "gradient_checkpointing": False,
-            "eval_steps": 8,
+            "eval_steps": 12,
             "eval_num_inference_steps": 10,
             "per_device_eval_batch_size": 24,
-            "save_steps": 8,
+            "save_steps": 12,
             "logging_steps": 1,
         }
     )
