@@ -279,7 +279,9 @@ def rows_for(call) -> Dataset:
     return Dataset.from_list([{"prompt": p, **({"image": call["image"]} if "image" in call else {})} for p in PROMPTS])
 
 
-@pytest.mark.parametrize("family", ["ltx", "cogvideox", "wan_i2v", "skyreels", "mochi", "kandinsky5", "wan22_ti2v"])
+@pytest.mark.parametrize(
+    "family", ["ltx", "cogvideox", "wan_i2v", "skyreels", "mochi", "kandinsky5", "wan22_ti2v_i2v"]
+)
 def test_families(tmp_path, cache_dir, family):
     pipe, call = getattr(tiny_pipelines, family)()
     config = {name: call[name] for name in ("height", "width", "num_frames")}
@@ -321,6 +323,17 @@ def test_guidance_of_image_to_video_keeps_the_image(tmp_path, cache_dir):
     both = inputs["condition"].samples[0], inputs["negative_condition"].samples[0]
     assert torch.equal(both[0]["hidden_states"], both[1]["hidden_states"])
     assert not torch.equal(both[0]["encoder_hidden_states"], both[1]["encoder_hidden_states"])
+
+
+@pytest.mark.parametrize("family", ["wan22_ti2v_i2v", "cogvideox"])
+def test_consistency_of_other_families(tmp_path, cache_dir, clips, family):
+    """Also in the last interval, where given frames have no velocity."""
+    pipe, call = getattr(tiny_pipelines, family)()
+    config = {name: call[name] for name in ("height", "width", "num_frames")} | dict(recipe="lcm", ema_decay=0.9)
+    trainer = make_trainer(tmp_path, cache_dir, pipe=pipe, rows=clips, teacher_steps=2, max_steps=4, **config)
+    before = weights(trainer)
+    trainer.train()
+    assert all(loss > 0 for loss in history(trainer, "loss")) and distance(before, weights(trainer)) > 1e-4
 
 
 def test_buckets(tmp_path, cache_dir, clips):

@@ -122,6 +122,10 @@ class DistillBase(ClipTrainer):
                 if self.average is not None:
                     self.average.reset()
             below = self.policies.adapters("base")
+            if "fake" in below:
+                raise ValueError(
+                    "'fake' is the name of the fake score's adapter: load yours with another adapter_name"
+                )
             if args.matches_distributions:
                 student.add_adapter("fake", copy.deepcopy(student.peft_config["default"]))
                 self.policies.add("fake", student, (*below, "fake"), trained=True)

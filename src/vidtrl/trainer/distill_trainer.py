@@ -42,6 +42,9 @@ from .distill_teacher import trajectory_grid, trajectory_names
 from .draws import draw_seed, generators, randn
 
 
+DECODED_FRAMES = 8  # latent frames of a stream that are decoded for the image of the last one
+
+
 class VideoDistillTrainer(DistillBase):
     """
     Few-step and streaming students of any supported diffusers video pipeline.
@@ -49,7 +52,7 @@ class VideoDistillTrainer(DistillBase):
     Args:
         model (`str`, `PathLike` or `DiffusionPipeline`):
             Hub id, local path, or a loaded pipeline. Adapters that it carries (or `base_adapters`) stay under all roles: the
-            teacher is then the model after SFT and GRPO, and nothing is merged.
+            teacher is then the model after SFT and GRPO, and nothing is merged. Its scheduler becomes the student's.
         teacher_model (`str`, `PathLike` or `DiffusionPipeline`, *optional*):
             Another teacher with the same latent space; `None` is the model itself. A loaded pipeline stays where it is and may
             be quantised or offloaded.
@@ -86,8 +89,11 @@ class VideoDistillTrainer(DistillBase):
         peft_config=LoraConfig(r=64, lora_alpha=64),
     )
     trainer.train()
-    trainer.save_model()
+    trainer.save_model()  # the adapter, its scheduler, and distill_config.json, for vidtrl.inference.load_student
+    video = trainer.pipe("a red circle moving right", num_inference_steps=4, guidance_scale=1.0).frames[0]
     ```
+
+    A causal student (`recipe="self-forcing"`) is sampled block by block, by [`~vidtrl.inference.CausalVideoPipeline`].
     """
 
     _name = "Distillation"
@@ -216,11 +222,6 @@ class VideoDistillTrainer(DistillBase):
                     "not depend on its weights"
                 )
 
-    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
-        """The loss of the active role; training goes through [`training_step`], which activates them in turn."""
-        loss, x = self.fake_loss(inputs) if self.policies.current == "fake" else self.student_loss(inputs)
-        return (loss, {"latents": x}) if return_outputs else loss
-
     # ---- Loss ----
 
     def student_loss(self, inputs: dict) -> tuple[Tensor, Tensor | None]:
@@ -287,6 +288,8 @@ class VideoDistillTrainer(DistillBase):
             x_next = x + _frames(sigma_next - sigma) * velocity
             with self._target_weights():
                 target = self._student_x0(x_next, sigma_next, condition, clean)
+            # at the end f is the identity, whatever the model says (given frames of image-to-video have no velocity there)
+            target = torch.where(_frames(sigma_next) > 0, target, x_next)
         prediction = self._student_x0(x, sigma, condition, clean)
         return cm.consistency_loss(prediction, target, args.consistency_weighting)
 
@@ -416,7 +419,8 @@ class VideoDistillTrainer(DistillBase):
         if not self.video_model.family.frame_offset:
             return tail
         overlap, tail = self.args.stream_overlap, tail.clone()
-        videos = self.video_model.decode(tail[:, :, : tail.shape[2] - overlap + 1])
+        seen = tail[:, :, : tail.shape[2] - overlap + 1][:, :, -DECODED_FRAMES:]
+        videos = self.video_model.decode(seen)
         first, _ = self.video_model.encode([video[-1:] for video in videos])
         tail[:, :, -overlap] = first[:, :, 0]
         return tail
@@ -451,11 +455,10 @@ class VideoDistillTrainer(DistillBase):
         return x - _frames(sigma) * self._teacher_velocity(x, sigma, inputs)
 
     def _teacher_velocity(self, x: Tensor, sigma: Tensor, inputs: dict, clean: Tensor | None = None) -> Tensor:
-        """Guided, in the standard form."""
+        """Guided, in the standard form; upon `clean` a causal teacher's, else that of whole clips."""
         scale = self.args.teacher_guidance_scale
         name = "teacher_condition" if "teacher_condition" in inputs else "condition"
         condition = self.rollout_condition(inputs, name)
-        # the causal models of consistency distillation are teachers of their own kind
         conditional = self._velocity("teacher", x, sigma, condition, clean)
         if scale == 1.0:
             return conditional
