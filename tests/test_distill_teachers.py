@@ -316,6 +316,28 @@ def test_a_vp_student_is_sampled_at_its_timesteps(tmp_path, cache_dir):
     torch.testing.assert_close(model.decode(x)[0], video, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "family, shift", [("ltx", "auto"), ("kandinsky5", "auto"), ("wan", 5.0), ("wan22_ti2v", "auto")]
+)
+def test_the_pipeline_visits_the_noise_levels_of_training(tmp_path, cache_dir, family, shift):
+    pipe, call = getattr(tiny_pipelines, family)()
+    config = {name: call[name] for name in ("height", "width", "num_frames")}
+    trainer = make_trainer(tmp_path, cache_dir, pipe=pipe, denoising_steps=[1000, 700, 400], shift=shift, **config)
+    seen, original = [], trainer.video_model.denoisers["transformer"].forward
+
+    def forward(*args, **kwargs):
+        seen.append(kwargs["timestep"].flatten()[0].item() / 1000)
+        return original(*args, **kwargs)
+
+    trainer.video_model.denoisers["transformer"].forward = forward
+    trainer.generate_videos(PROMPTS[:1], [0])
+    assert seen == pytest.approx(trainer.sigmas, abs=1e-3 if family == "kandinsky5" else 1e-4)
+    seen.clear()
+    with torch.no_grad():
+        trainer._few_steps(batch(trainer)["condition"], generators([0, 1]))
+    assert seen == pytest.approx(trainer.sigmas, abs=1e-4)
+
+
 def test_guidance_of_image_to_video_keeps_the_image(tmp_path, cache_dir):
     pipe, call = tiny_pipelines.wan_i2v()
     trainer = make_trainer(tmp_path, cache_dir, pipe=pipe, rows=rows_for(call))
@@ -396,6 +418,8 @@ def test_causal_families(tmp_path, cache_dir, family):
         (dict(recipe="self-forcing", prompt_switch=True), "prompt_switch needs stream_num_frames"),
         (dict(stream_num_frames=9), "set rollout='self_forcing'"),
         (dict(recipe="self-forcing", context_noise=1.0), r"context_noise is a noise level in \[0, 1\)"),
+        (dict(recipe="rcm", time_distribution=[0.7]), "a mean and a positive standard deviation"),
+        (dict(recipe="rcm", dmd_weight=-1.0), "dmd_weight must not be negative"),
         (dict(dmd_weight=1.0), "dmd_weight is the weight of a term beside"),
         (dict(recipe="lcm", ema_decay=0.0), "consistency_target='ema' needs ema_decay"),
         (dict(recipe="causal-forcing", consistency="continuous"), "set consistency='discrete'"),

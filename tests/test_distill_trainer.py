@@ -278,6 +278,16 @@ def test_bf16_keeps_gradients(tmp_path, cache_dir):
     assert losses[True] != losses[False]
 
 
+def test_adapters_on_a_bfloat16_base_are_float32(tmp_path, cache_dir):
+    wan()[0].save_pretrained(tmp_path / "pipe")
+    trainer = make_trainer(tmp_path / "run", cache_dir, pipe=str(tmp_path / "pipe"), bf16=True, ema_decay=0.9)
+    dtypes = {p.dtype for role in ("student", "fake") for p in trainer.policies.parameters(role).values()}
+    base = next(p for n, p in trainer.model.named_parameters() if n.endswith("to_q.base_layer.weight"))
+    assert dtypes == {torch.float32} and base.dtype == torch.bfloat16
+    trainer.train(), trainer.save_model()
+    assert all(math.isfinite(loss) for loss in history(trainer, "loss"))
+
+
 def test_noise_of_the_fake_score_is_not_that_of_the_sample(tmp_path, cache_dir):
     trainer = make_trainer(tmp_path, cache_dir, critic_schedule="every_step")
     inputs = batch(trainer)

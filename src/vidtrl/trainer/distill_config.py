@@ -219,7 +219,13 @@ class VideoDistillConfig(ClipConfig):
             raise ValueError(
                 f"score_range must be two increasing noise levels, such as 0.02 0.98, not {self.score_range}"
             )
-        if self.matches_distributions and self.rollout == "data" and self.loss_type == "sid":
+        if len(self.time_distribution) != 2 or self.time_distribution[1] <= 0:
+            raise ValueError(
+                f"time_distribution is a mean and a positive standard deviation, such as 0.7 1.6, not {self.time_distribution}"
+            )
+        if self.dmd_weight < 0:
+            raise ValueError(f"dmd_weight must not be negative, not {self.dmd_weight}")
+        if self.loss_type == "sid" and self.rollout == "data":
             raise ValueError("loss_type='sid' needs the student's own samples: set rollout='backward_simulation'")
         if self.loss_type == "consistency" and self.rollout != "data":
             raise ValueError("loss_type='consistency' learns from clips: set rollout='data'")
