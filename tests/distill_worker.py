@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from datasets import load_from_disk
-from distill_setup import dataset, make_trainer, weights
+from distill_setup import dataset, make_trainer, other_size, weights
 from safetensors.torch import save_file
 from sft_setup import digest
 from transformers import TrainerCallback
@@ -63,10 +63,11 @@ def roles(trainer) -> dict:
     return {f"{role}.{name}": w for role in names for name, w in weights(trainer, role).items()}
 
 
-def train(job, name, *, clips=False, evaluate=False, resume=None, kill=None, **config):
+def train(job, name, *, clips=False, evaluate=False, teacher=False, resume=None, kill=None, **config):
     out = Path(job["out"])
     rows = load_from_disk(job["clips"]) if clips else dataset()
     arguments = dict(eval_dataset=rows.select(range(3))) if evaluate else {}
+    arguments |= dict(teacher_model=other_size()) if teacher else {}
     trainer = make_trainer(out / name, job["cache"], rows=rows, trainer=arguments, **config)
     if kill is not None:
         trainer.add_callback(Killed(kill))

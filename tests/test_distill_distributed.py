@@ -22,6 +22,7 @@ CASES = {
         stream_overlap=1, max_steps=6,
     ),
     "lcm": dict(SGD, recipe="lcm", per_device_train_batch_size=4, clips=True, ema_decay=0.9),
+    "another teacher": dict(SGD, per_device_train_batch_size=4, teacher=True, max_steps=2),
     "regression": dict(SGD, loss_type="ode_regression", per_device_train_batch_size=4, teacher_steps=4),
 }  # fmt: skip
 

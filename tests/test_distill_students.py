@@ -156,12 +156,14 @@ def test_files_of_checkpoints_and_of_the_student(tmp_path, cache_dir, base):
     assert all(torch.equal(fake[f"fake.{n}"], w) for n, w in weights(trainer, "fake").items())
 
 
-def test_adapters_that_a_loaded_pipeline_carries_are_saved_too(tmp_path, cache_dir, base):
+@pytest.mark.parametrize("name, number", [("mine", 1), ("base_0", 0)])
+def test_adapters_that_a_loaded_pipeline_carries_are_saved_too(tmp_path, cache_dir, base, name, number):
     pipe = wan()[0]
-    pipe.load_lora_weights(str(base / "policy0"), adapter_name="mine")
-    trainer = make_trainer(tmp_path, cache_dir, pipe=pipe, base_adapters=[str(base / "policy1")])
+    pipe.load_lora_weights(str(base / "policy0"), adapter_name=name)
+    trainer = make_trainer(tmp_path, cache_dir, pipe=pipe, base_adapters=[str(base / "policy1")] * number)
     trainer.train(), trainer.save_model()
-    assert trainer.policies.adapters("teacher") == ("mine", "base_0")
+    assert trainer.policies.adapters("teacher") == (name, "base_0")[: 1 + number]
+    assert read_distill_config(tmp_path).base_adapters == ["base_adapters/0", "base_adapters/1"][: 1 + number]
     reloaded = load_student(tmp_path, base_model=str(base / "pipe"))
     video = trainer.generate_videos(PROMPTS[:1], [1])[0]
     with torch.no_grad():

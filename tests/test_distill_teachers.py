@@ -192,6 +192,13 @@ def test_an_adapter_that_would_mean_something_else_is_refused(tmp_path, cache_di
         make_trainer(tmp_path / "4", cache_dir, base_adapters=[policy], lora=False)
 
 
+def test_an_adapter_with_the_name_of_the_fake_score_is_refused(tmp_path, cache_dir, policy):
+    pipe = wan()[0]
+    pipe.load_lora_weights(policy, adapter_name="fake")
+    with pytest.raises(ValueError, match="'fake' is the name of the fake score's adapter.*another adapter_name"):
+        make_trainer(tmp_path / "run", cache_dir, pipe=pipe)
+
+
 # ---- Trajectories ----
 
 

@@ -3,12 +3,11 @@
 import copy
 import dataclasses
 import hashlib
-import json
 import os
 from pathlib import Path
 
 import torch
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, gather_object
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig, PeftModel
@@ -25,52 +24,13 @@ from ..models.causal import CausalAttention
 from ..rollout.few_step import few_step_rollout
 from .checkpoint import weights_fingerprint
 from .clip_data import ClipTrainer
+from .distill_card import student_usage
 from .distill_config import VideoDistillConfig
 from .distill_logging import RunningMeans
 from .distill_streams import Streams
 from .distill_teacher import Joined, Trajectories, condition_digest, load_teacher
 from .draws import randn
 from .lora import load_adapter, save_adapter
-
-
-USAGE = {
-    "stock": """import torch
-from diffusers.utils import encode_video{image}
-from vidtrl.inference import load_student
-
-pipe = load_student({repo}, torch_dtype=torch.bfloat16)
-pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-video = pipe(prompt="a red circle moving right", {call}).frames[0]
-encode_video(video, fps={fps}, output_path="video.mp4")""",
-    "causal": """import torch
-from diffusers.utils import encode_video
-from vidtrl.inference import CausalVideoPipeline
-
-pipe = CausalVideoPipeline.from_pretrained({repo}, torch_dtype=torch.bfloat16)
-pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-video = pipe("a red circle moving right", {call})  # or pipe.stream(...), block by block
-encode_video((video * 255).byte().permute(0, 2, 3, 1), fps={fps}, output_path="video.mp4")""",
-    "rollout": """import torch
-from diffusers import DiffusionPipeline
-from diffusers.utils import encode_video{image}
-from vidtrl.inference.export import load_adapters
-from vidtrl.models import VideoModel
-from vidtrl.rollout import few_step_rollout
-
-# the stock pipeline's call cannot visit the noise levels of this student
-pipe = DiffusionPipeline.from_pretrained({base}, dtype=torch.bfloat16)
-{load}
-pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-model = VideoModel(pipe)
-condition = model.condition("a red circle moving right", {call})
-noise = torch.randn(1, *condition.latent_shape, device=model.device)
-with torch.no_grad():
-    x0 = few_step_rollout(
-        model, condition, noise, {sigmas}, draw=lambda step: torch.randn_like(noise), sampler={sampler!r}
-    )
-video = model.decode(x0)[0]
-encode_video((video * 255).byte().permute(0, 2, 3, 1), fps={fps}, output_path="video.mp4")""",
-}
 
 
 class DistillBase(ClipTrainer):
@@ -292,7 +252,8 @@ class DistillBase(ClipTrainer):
         """Whether teacher and student are told the same thing by their pipelines: encoders, rotary embeddings and all."""
         row = {"prompt": "a red circle", "fps": self.args.fps, "image": Image.new("RGB", (width, height))}
         models = (self.video_model, self.teacher)
-        return len({condition_digest(self.condition(row, height, width, num_frames, model=m)) for m in models}) == 1
+        digests = {condition_digest(self.condition(row, height, width, num_frames, model=m)) for m in models}
+        return all(gather_object([len(digests) == 1]))  # all processes must agree
 
     def data_summary(self) -> dict:
         return {**super().data_summary(), "sha256 of prompts": self._prompts_digest}
@@ -331,8 +292,9 @@ class DistillBase(ClipTrainer):
         if shift == "auto":  # what it stands for
             middle = float(self.noise_levels(torch.tensor([0.5])))
             shift = round(middle / (1 - middle), 4)
+        base = self.model_identity["name_or_path"]
         return StudentConfig(
-            base_model=self.model_identity["name_or_path"],
+            base_model=os.path.abspath(base) if os.path.isdir(base) else base,
             denoising_steps=[float(step) for step in args.denoising_steps],
             shift=shift,
             sampler=args.sampler,
@@ -417,33 +379,21 @@ class DistillBase(ClipTrainer):
         size = {"height": height, "width": width, model.family.frames_argument: num_frames}
         if args.max_sequence_length is not None:
             size["max_sequence_length"] = args.max_sequence_length
-        kind = "causal" if self.causal is not None else "stock" if self.has_scheduler else "rollout"
-        if kind == "stock":
-            size = {"num_inference_steps": len(self.sigmas), "guidance_scale": 1.0} | size
-        call = ", ".join(f"{name}={value!r}" for name, value in size.items())
-        image, repo = model.family.image, self.hub_model_id or args.hub_model_id or os.path.abspath(args.output_dir)
-        if isinstance(self._unwrapped(), PeftModel):
-            below = {f"base_{i}": adapter for i, adapter in enumerate(args.base_adapters or [])}
-            load = f"load_adapters(pipe, {json.dumps({**below, 'student': repo})})"
-        else:
-            load = f'pipe.transformer = type(pipe.transformer).from_pretrained({json.dumps(repo)}, subfolder="transformer")'
-        return USAGE[kind].format(
-            repo=json.dumps(repo),
-            base=json.dumps(self.model_identity["name_or_path"]),
-            load=load,
-            call=f"image=load_image('first_frame.png'), {call}" if image else call,
-            image=", load_image" if image else "",
+        return student_usage(
+            repo_id=self.hub_model_id or args.hub_model_id or os.path.abspath(args.output_dir),
+            config=self.student_config(args.base_adapters),
+            sigmas=None if self.has_scheduler else self.sigmas,
+            adapter=isinstance(self._unwrapped(), PeftModel),
+            image=model.family.image,
+            size=size,
             fps=round(self.validation_fps()),
-            sigmas=[round(sigma, 6) for sigma in self.sigmas],
-            sampler=args.sampler,
         )
 
     def save_extras(self, directory: Path) -> None:
         """The student is complete: how it is sampled, its scheduler, and the adapters under it."""
-        below = []
+        given, below = {f"base_{i}": adapter for i, adapter in enumerate(self.args.base_adapters or [])}, []
         for name in self.policies.adapters("base") if "base" in self.policies else ():
-            number, given = name.removeprefix("base_"), self.args.base_adapters or []
-            source = given[int(number)] if name != number and number.isdigit() else None
+            source = given.get(name)
             if source is None or os.path.exists(os.path.expanduser(source)):
                 source = f"base_adapters/{len(below)}"  # relative to the file that says it
                 (directory / source).mkdir(parents=True, exist_ok=True)

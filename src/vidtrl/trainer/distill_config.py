@@ -43,7 +43,7 @@ class VideoDistillConfig(ClipConfig):
             `"dmd2"`, `"causvid"`, `"self-forcing"`, `"causal-forcing"`, `"longlive"`, `"rcm"` or `"lcm"`.
         loss_type (`str`, by recipe):
             `"dmd"` or `"sid"` (match distributions), `"consistency"`, or `"ode_regression"` on the teacher's trajectories,
-            which are made once and kept in `output_dir/trajectories`.
+            which are made once and kept in `output_dir/_trajectories`.
         rollout (`str`, by recipe):
             What the student sees: its own few-step samples (`"backward_simulation"`), its own causal samples, block by block
             with a KV cache (`"self_forcing"`), or noised clips (`"data"`).
