@@ -63,7 +63,7 @@ VERBS = ("drifting", "gliding", "heading", "sliding", "travelling", "floating")
 CLUTTER = (
     "cinematic",
     "highly detailed",
-    "very sharp",
+    "very nice",
     "for my sister",
     "in slow motion",
     "with soft light",
