@@ -16,7 +16,9 @@ CASES = {
     "every step": dict(SGD, per_device_train_batch_size=4, critic_schedule="every_step", fake_updates_per_student=2),
     "accumulated": dict(SGD, per_device_train_batch_size=2, gradient_accumulation_steps=2),
     "full": dict(SGD, per_device_train_batch_size=4, lora=False, learning_rate=1e-2, fake_learning_rate=1e-2),
-    "self-forcing": dict(SGD, recipe="self-forcing", frames_per_block=1, per_device_train_batch_size=4, gradient_checkpointing=True),
+    "self-forcing": dict(
+        SGD, recipe="self-forcing", frames_per_block=1, per_device_train_batch_size=4, gradient_checkpointing=True
+    ),
     "longlive": dict(
         SGD, recipe="longlive", frames_per_block=1, per_device_train_batch_size=4, window=3, sink=1, stream_num_frames=7,
         stream_overlap=1, max_steps=6,

@@ -25,7 +25,8 @@ def load_teacher(
     A teacher of its own, frozen.
 
     Args:
-        teacher (`str`, `PathLike` or `DiffusionPipeline`): Another model with the same latent space, of any size; a pipeline may be quantised or offloaded.
+        teacher (`str`, `PathLike` or `DiffusionPipeline`): Another model with the same latent space, of any size; a
+            pipeline may be quantised or offloaded.
         student ([`VideoModel`]): Whose latents it has to understand.
         dtype (`torch.dtype`): To load a path or Hub id in.
 

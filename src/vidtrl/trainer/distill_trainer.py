@@ -333,7 +333,7 @@ class VideoDistillTrainer(DistillBase):
         A sample of the student, with gradient through its exit step.
 
         Returns:
-            `tuple`: Clean latents (B, C, f, h, w), and a mask (1, 1, f, 1, 1) of the frames that are judged, or `None` for all.
+            `tuple`: Clean latents (B, C, f, h, w), and a mask (1, 1, f, 1, 1) of the frames that are judged (`None`: all).
         """
         args, condition = self.args, inputs["condition"]
         if args.rollout == "data" and args.loss_type != "consistency":  # whose DMD term is on samples from noise
@@ -373,7 +373,7 @@ class VideoDistillTrainer(DistillBase):
             return torch.cat(list(blocks), 2)
 
     def _stream_window(self, inputs, sources, exit_step: int, grad: bool) -> tuple[Tensor, Tensor | None]:
-        """Self Forcing (https://huggingface.co/papers/2506.08009, algorithm 1); with `stream_num_frames` LongLive's long tuning."""
+        """Self Forcing (https://huggingface.co/papers/2506.08009, algorithm 1), upon a video of earlier steps LongLive's."""
         args, streams, micro_step = self.args, self.streams, self._micro_step
         cache = KVCache(args.window, args.sink)
         stream = streams.next(micro_step, inputs["index"]) if streams is not None else None
@@ -489,7 +489,7 @@ class VideoDistillTrainer(DistillBase):
         return self.average.swapped_in() if self.args.consistency_target == "ema" else contextlib.nullcontext()
 
     def _teacher_trajectories(self, inputs: dict, which: list[int]) -> Tensor:
-        """The teacher's Euler trajectories of some of a batch, at the student's noise levels and at 0: (n, S + 1, C, f, h, w)."""
+        """The teacher's Euler trajectories of some samples, at the student's noise levels and 0: (n, S + 1, C, f, h, w)."""
         args, shape, rows = self.args, inputs["condition"].latent_shape, [inputs["index"][i] for i in which]
         inputs = {name: value[which] for name, value in inputs.items() if isinstance(value, Condition)}
         grid, where = trajectory_grid(args.denoising_steps, args.teacher_steps)
