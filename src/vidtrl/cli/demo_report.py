@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -29,14 +30,25 @@ METRICS = {  # name -> (label, digits after the point of its percentage, higher 
 }
 
 
-def results_table(results: dict) -> Table:
-    """The results as a table for the terminal, with 95 % intervals; under each model its change against the one before."""
-    table = Table(
-        title=f"{results['num_clips']} held-out clips a model, measured from their mp4 files: % [95 % interval]\n"
-        "second lines: change against the model on the left",
-        box=box.SIMPLE_HEAD,
+def results_table(results: dict) -> Group:
+    """
+    The results as tables for the terminal, with 95 % intervals; under each model its change against the one before.
+
+    Three models fit a terminal of 80 columns; a second table goes on from the last of the first.
+    """
+    models = results["models"]
+    title = (
+        f"{results['num_clips']} held-out clips a model, measured from their mp4 files: % [95 % interval]\n"
+        "second lines: change against the model on the left"
     )
-    for name in ("Measured", *(MODELS[name] for name in results["models"])):
+    return Group(
+        *(_table(results, models[start : start + 3], title) for start in range(0, max(1, len(models) - 1), 2))
+    )
+
+
+def _table(results: dict, models: list[str], title: str | None) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for name in ("Measured", *(MODELS[name] for name in models)):
         table.add_column(name, justify="left" if name == "Measured" else "right")
     for metric, (label, digits, higher, _) in METRICS.items():
         row = results["metrics"][metric]
@@ -46,9 +58,9 @@ def results_table(results: dict) -> Table:
             return f"{value} [{low}, {high}]"
 
         cells = []
-        for name in results["models"]:
+        for name in models:
             cell = Text(show(row[name]))
-            if name in row["differences"]:
+            if name in row["differences"] and name != models[0]:
                 difference = row["differences"][name]
                 clear = not difference["low"] <= 0 <= difference["high"]
                 style = "dim" if not clear else "green" if (difference["value"] > 0) == higher else "red"
