@@ -50,10 +50,12 @@ def fine_tune(enhancer, pairs, args):
     """A start from pairs: without one, few completions of a small model are prompts at all."""
     trainer = trl.SFTTrainer(
         enhancer.model,
-        trl.SFTConfig(f"{args.output_dir}/sft", max_steps=args.sft_steps, learning_rate=1e-4, **args.lm),
+        trl.SFTConfig(
+            f"{args.output_dir}/sft", max_steps=args.sft_steps, learning_rate=args.sft_learning_rate, **args.lm
+        ),
         train_dataset=pairs_dataset(enhancer, pairs),
         processing_class=enhancer.tokenizer,
-        peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(r=32, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     trainer.train()
     enhancer.model = trainer.model
@@ -71,7 +73,7 @@ def train_prompts(enhancer, pipe, prompts, rewards, args, folder):
         trl.GRPOConfig(
             f"{folder}/prompts", max_steps=args.prompt_steps, per_device_train_batch_size=args.batch_size,
             num_generations=args.num_generations, max_completion_length=enhancer.max_new_tokens,
-            reward_weights=[1.0, 0.2], learning_rate=1e-5, **args.lm,
+            reward_weights=[1.0, 0.2], learning_rate=args.prompt_learning_rate, **args.lm,
         ),
         train_dataset=prompts_dataset(enhancer, [{"prompt": p} for p in prompts]),
         processing_class=enhancer.tokenizer,
@@ -115,6 +117,8 @@ def read_arguments():
     parser.add_argument("--output_dir", default="joint")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--sft_steps", type=int, default=100)
+    parser.add_argument("--sft_learning_rate", type=float, default=1e-4)
+    parser.add_argument("--prompt_learning_rate", type=float, default=1e-5)
     parser.add_argument("--prompt_steps", type=int, default=25, help="updates of the language model a round")
     parser.add_argument("--video_steps", type=int, default=25, help="updates of the video model a round")
     parser.add_argument(
@@ -133,6 +137,7 @@ def read_arguments():
     if args.smoke:
         args.rounds, args.sft_steps, args.prompt_steps, args.video_steps = 2, 20, 2, 2
         args.batch_size, args.num_generations, args.num_inference_steps, args.guidance_scale = 8, 4, 4, 1.0
+        args.sft_learning_rate, args.prompt_learning_rate = 3e-3, 1e-3
         args.shape = {"height": 64, "width": 64, "num_frames": 17}
         args.pipeline_kwargs = {"max_sequence_length": 16}
         quiet = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True}
@@ -169,12 +174,14 @@ def main():
     for number in range(args.rounds):
         folder = f"{args.output_dir}/round-{number}"
         pipe = load_video_model(args.video_model, adapters)
-        logs = train_prompts(enhancer, pipe, prompts, rewards, args, folder)
-        logs += train_video(enhancer, pipe, prompts, rewards, args, folder, rng)
+        args.lm["seed"] = args.video["seed"] = args.seed + number  # other prompts and noise
+        logs = {"prompts": train_prompts(enhancer, pipe, prompts, rewards, args, folder)}
+        logs["video"] = train_video(enhancer, pipe, prompts, rewards, args, folder, rng)
         adapters.append(f"{folder}/video")
         enhancer.save_pretrained(f"{args.output_dir}/enhancer")
-        seen = [entry["reward"] for entry in logs if "reward" in entry]
-        print(f"round {number}: reward {seen[0]:.3f} at its start, {seen[-1]:.3f} at its end", flush=True)
+        for name, log in logs.items():
+            seen = [entry["reward"] for entry in log if "reward" in entry]
+            print(f"round {number}, {name}: reward {seen[0]:.3f}, at the end {seen[-1]:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -79,9 +79,19 @@ QUIET = {
 }
 
 
-def load_enhancer(**settings: Any) -> PromptEnhancer:
-    """The shipped language model in float32, untrained in its task, answering greedily."""
-    enhancer = PromptEnhancer.from_pretrained(enhancer_path(), **settings)
+def load_enhancer(source: str | os.PathLike | None = None, **settings: Any) -> PromptEnhancer:
+    """
+    An enhancer of the toy world, in float32, answering greedily.
+
+    Args:
+        source (`str` or `PathLike`, *optional*): Where a trained one was saved with `save_pretrained`; by default the
+            shipped language model, untrained in its task.
+        **settings: Arguments of [`PromptEnhancer`] that replace the saved ones.
+
+    Returns:
+        [`PromptEnhancer`]
+    """
+    enhancer = PromptEnhancer.from_pretrained(source or enhancer_path(), **settings)
     enhancer.model.float()
     return enhancer
 
