@@ -144,7 +144,7 @@ def plot(runs: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.2))
     names = list(dict.fromkeys(r["recipe"] for r in runs))
     for axis, metric, label in zip(
         axes, ("reward", "all"), ("held-out reward", "all three attributes right"), strict=True
@@ -163,7 +163,7 @@ def plot(runs: list[dict], path: Path) -> None:
         axis.set_xlabel("thousand denoiser evaluations (forward 1, backward 2)")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
