@@ -1,6 +1,9 @@
 """`vidtrl prompt`: both steps from a config file, resumed, with mistakes in one line."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,6 +142,19 @@ def test_a_reward_that_fails_is_one_line(config, capsys, monkeypatch, tmp_path):
     assert main(["prompt", "--config", path]) == 2
     line = error_line(capsys)
     assert "reward function 'broken' failed" in line and "prompt_rewards.py, line 2" in line
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(config):
+    path = config(grpo={**FAST, "per_device_train_batch_size": 2, "num_generations": 2})
+    command = ["prompt", "--config", path, "--accelerate_config", "multi_gpu", "--num_processes", "2"]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "vidtrl.cli.main", *command], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for step in ("sft", "grpo"):  # one process would write rng_state.pth
+        names = sorted(f.name for f in Path("out", step, "checkpoint-1").glob("rng_state*"))
+        assert names == ["rng_state_0.pth", "rng_state_1.pth"]
+    assert PromptEnhancer.from_pretrained("out").template == SHORT
 
 
 def test_help_lists_every_option(capsys):
