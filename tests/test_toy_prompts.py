@@ -131,7 +131,8 @@ def right(enhancer, tier):
 
 def test_pairs_teach_words_that_they_do_not_contain(tmp_path):
     enhancer = load_enhancer()
-    fine_tune(enhancer, tmp_path, seed=0, disable_tqdm=True)
+    more = dataclasses.replace(EnhancementSettings(), num_pairs=16)
+    fine_tune(enhancer, tmp_path, seed=0, settings=more, disable_tqdm=True)
     assert right(enhancer, "pairs") > 0.6
     assert right(enhancer, "held_out") > 0.3  # guessing gives 1/72
 

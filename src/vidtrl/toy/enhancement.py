@@ -29,7 +29,7 @@ class EnhancementSettings:
         video (`dict`): Arguments of [`video_reward`].
     """
 
-    num_pairs: int = 16
+    num_pairs: int = 8
     num_prompts: int = 512
     lora_r: int = 32
     sft: dict[str, Any] = field(
