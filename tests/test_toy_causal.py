@@ -21,18 +21,20 @@ def load_benchmark():
 
 
 toy_causal = load_benchmark()
+RANKS = {"teacher": 2, "causal": 3, "consistency": 4, "student": 7, "direct": 3}
+# the fourth step is the first that trains a student
+NUM_STEPS = {"teacher": 2, "causal": 2, "consistency": 2, "student": 4, "direct": 4}
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
-    """All four stages, two or so steps of each."""
+    """All stages, two or four steps of each."""
     path = tmp_path_factory.mktemp("toy_causal")
-    steps = {"teacher": 2, "causal": 2, "consistency": 2, "student": 4}  # the last one's fourth step is the student's
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy_causal, "NUM_CLIPS", 4)
-        patch.setattr(toy_causal, "RANK", {"teacher": 2, "causal": 3, "consistency": 4, "student": 7})
+        patch.setattr(toy_causal, "RANK", RANKS)
         settings = {
-            stage: options | {"max_steps": steps[stage], "per_device_train_batch_size": 2, "warmup_steps": 0}
+            stage: options | {"max_steps": NUM_STEPS[stage], "per_device_train_batch_size": 2, "warmup_steps": 0}
             for stage, options in toy_causal.SETTINGS.items()
         }
         patch.setattr(toy_causal, "SETTINGS", settings)
@@ -53,15 +55,16 @@ def test_held_out_captions_are_never_trained_on(output):
 
 def test_stages_leave_what_the_next_one_needs(output):
     ranks = {}
-    for stage, steps in {"teacher": 2, "causal": 2, "consistency": 2, "student": 4}.items():
+    for stage, steps in NUM_STEPS.items():
         report = json.loads((output / stage / "stage.json").read_text())
         assert [point["step"] for point in report["curve"]] == [0, steps]
         weights = load_file(output / stage / toy_causal.ADAPTER_FILE)
-        ranks[stage] = {w.shape[0] for name, w in weights.items() if "lora_A" in name}
+        (ranks[stage],) = {w.shape[0] for name, w in weights.items() if "lora_A" in name}
         assert any(w.count_nonzero() for name, w in weights.items() if "lora_B" in name)
-    assert ranks == {"teacher": {2}, "causal": {3}, "consistency": {4}, "student": {7}}
-    start, end = (load_file(output / name / toy_causal.ADAPTER_FILE) for name in ("start", "student"))
-    assert start.keys() == end.keys() and any(not torch.equal(start[name], end[name]) for name in start)
+    assert ranks == RANKS
+    for stage in toy_causal.START:
+        start, end = (load_file(output / name / toy_causal.ADAPTER_FILE) for name in (f"{stage}-start", stage))
+        assert start.keys() == end.keys() and any(not torch.equal(start[name], end[name]) for name in start)
 
 
 @torch.no_grad()
@@ -72,7 +75,7 @@ def test_merged_adapter_acts_as_both(output):
         latents = torch.randn(1, *condition.latent_shape, generator=torch.Generator().manual_seed(0))
         return model.velocity(latents, 0.7, condition)
 
-    merged, both, one = velocity("start"), velocity("causal", "consistency"), velocity("causal")
+    merged, both, one = velocity("student-start"), velocity("causal", "consistency"), velocity("causal")
     torch.testing.assert_close(merged, both, rtol=1e-4, atol=1e-5)
     assert (merged - one).abs().max() > 1e-4
 
