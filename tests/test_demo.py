@@ -70,22 +70,22 @@ def test_demo_leaves_everything_it_promises(finished):
     adapters = [f"{stage}/{ADAPTER}" for stage in STAGES]
     for name in ("data/train/metadata.jsonl", *adapters, "distill/scheduler", "report.html", "generate.py"):
         assert (folder / name).exists(), name
-    assert results["models"] == list(MODELS) == ["base", "sft", "grpo", "teacher", "distill"]
-    assert [len(list(folder.glob(f"videos/{n}/*.mp4"))) for n in results["models"]] == [4] * 5
+    assert results["models"] == list(MODELS) == ["base", "sft", "grpo", "teacher", "control", "distill"]
+    assert [len(list(folder.glob(f"videos/{n}/*.mp4"))) for n in results["models"]] == [4] * 6
     assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
     assert results["num_clips"] == 4 and set(results["metrics"]["all"]) == {*MODELS, "differences"}
     assert set(results["metrics"]["all"]["differences"]) == set(MODELS) - {"base"}
     assert set(results["goals"]) == set(STAGES)
     speed = results["speed"]
-    assert (speed["teacher"]["evaluations"], speed["distill"]["evaluations"]) == (4, 4)  # 2 steps, guided; 4 steps
-    assert 0.3 < speed["denoise_ratio"] < 3 and speed["distill"]["total_seconds"] > speed["distill"]["denoise_seconds"]
+    assert (speed["teacher"]["evaluations"], speed["distill"]["evaluations"]) == (4, 2)  # two steps, guided and not
+    assert 0.5 < speed["denoise_ratio"] < 8 and speed["distill"]["total_seconds"] > speed["distill"]["denoise_seconds"]
     assert {clip["prompt"] for clip in results["clips"]} <= set(captions())
     # all start from the same noise and differ by the adapters alone
     sides = [[(folder / "videos" / n / c["file"]).read_bytes() for c in results["clips"]] for n in results["models"]]
-    assert all(len(set(clips)) == 5 for clips in zip(*sides, strict=True))
+    assert all(len(set(clips)) == 6 for clips in zip(*sides, strict=True))
     html = (folder / "report.html").read_text()
     assert "Distillation: score difference" in html and "The student keeps" in html
-    assert html.count("data:video/mp4;base64,") == 20 and "SFT: held-out loss by noise level" in html
+    assert html.count("data:video/mp4;base64,") == 24 and "SFT: held-out loss by noise level" in html
     for title in ("GRPO: reward", "GRPO: each reward in training", "GRPO: never trained on"):
         assert f'aria-label="{title}: mean reward over update"' in html
     assert "the recipe diffusion-nft for 4 updates" in html and "never trained on: toy-presence went from" in html
@@ -96,7 +96,7 @@ def test_finished_stages_are_not_repeated(finished, base):
     folder, results = finished
     kept = [*folder.glob(f"*/{ADAPTER}"), *folder.glob("videos/*/*.mp4")]
     times = {path: path.stat().st_mtime_ns for path in kept}
-    assert len(times) == 3 + 20
+    assert len(times) == 3 + 24
     missing = folder / "videos" / "grpo" / results["clips"][2]["file"]
     before = read_video(missing).int()
     missing.unlink()
@@ -201,7 +201,7 @@ def test_the_distilled_student_is_what_its_files_say(finished, base, tmp_path):
     for pipe in (plain, load_student(tmp_path / "distill", torch_dtype=torch.float32), without):
         pipe.set_progress_bar_config(disable=True)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        call = dict(num_inference_steps=4, guidance_scale=1.0, output_type="latent")
+        call = dict(num_inference_steps=2, guidance_scale=1.0, output_type="latent")
         latents = pipe(prompt=prompts, generator=generators, **shape, **call).frames
         distances.append(float((latents - want).abs().max() / want.abs().max()))
     assert max(distances[:2]) < 1e-5 < 1e-3 < distances[2]

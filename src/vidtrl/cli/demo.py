@@ -1,7 +1,7 @@
 """`vidtrl demo`: the main job end to end on the shipped toy model, in minutes on a laptop's CPU.
 
 Captioned mp4 clips -> `VideoSFTTrainer` with LoRA -> `VideoGRPOTrainer` with a second LoRA on top -> `VideoDistillTrainer`
-with a third, for four steps instead of twenty guided ones -> all of them generate the same held-out clips with plain
+with a third, for two steps instead of twenty guided ones -> all of them generate the same held-out clips with plain
 diffusers in fresh processes -> the mp4 files are decoded and measured -> a table, `results.json` and `report.html`.
 Each stage that is complete is skipped when the same command runs again; training goes on from its last checkpoint.
 """
@@ -19,7 +19,7 @@ from rich.markup import escape
 from .. import __version__
 from ..toy import pipeline_path
 from .demo_report import recipe_note, results_table, speed_note, verdict, write_demo_report
-from .demo_settings import STAGES, DemoSettings
+from .demo_settings import STAGE_MODELS, STAGES, DemoSettings
 from .demo_stages import (
     distil,
     fine_tune,
@@ -69,7 +69,7 @@ def run_demo(
     identity = {"seed": seed, "base": base or "shipped", "settings": asdict(settings)}
     base = str(Path(base or pipeline_path()).resolve())
     _claim(output, {"vidtrl": __version__, **identity})
-    models = ["base", *(m for stage in stages for m in (("teacher", stage) if stage == "distill" else (stage,)))]
+    models = ["base", *(model for stage in stages for model in STAGE_MODELS[stage])]
     number = len(stages) + 3 + ("distill" in stages)
     seconds: dict[str, float] = {}
 

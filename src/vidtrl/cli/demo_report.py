@@ -74,7 +74,8 @@ def verdict(results: dict) -> str:
     """The result in two sentences."""
     row, flicker = results["metrics"]["all"], results["metrics"]["flicker"]
     text = f"Clips that show the asked colour, shape and direction: {100 * row['base']['value']:.0f} % of the base's"
-    words = {"sft": "after SFT", "grpo": "after GRPO", "teacher": "with guidance", "distill": "in four steps without"}
+    words = {"sft": "after SFT", "grpo": "after GRPO", "teacher": "with guidance"}
+    words |= {"control": "in few steps without it", "distill": "in as few after distillation"}
     for name, difference in row["differences"].items():
         points, low, high = (f"{100 * difference[k]:+.0f}" for k in ("value", "low", "high"))
         text += f", {100 * row[name]['value']:.0f} % {words[name]} ({points} points; 95 % interval {low} to {high})"
