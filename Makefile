@@ -18,7 +18,7 @@ demo: $(VENV)/installed
 	$(BIN)/vidtrl demo --output $(OUTPUT) --seed $(SEED)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile
 
 quality: $(VENV)/installed
 	$(BIN)/ruff check .
