@@ -1,7 +1,7 @@
 """Does an enhancer, trained with stock TRL, make the toy's video model understand words that it has never seen?
 
-    python benchmarks/toy_prompts.py                                   # about 20 minutes on two quiet cores
-    python benchmarks/toy_prompts.py --adapter demo/sft --seeds 1      # with the video model of a finished `vidtrl demo`
+    python benchmarks/toy_prompts.py                               # about 10 minutes on two quiet cores
+    python benchmarks/toy_prompts.py --adapter demo/sft --seeds 1  # with the video model of a finished `vidtrl demo`
 
 The frozen video model is the shipped base with the adapter of the demo's SFT stage, 20 steps, no guidance. Users' prompts are
 held-out paraphrases: no word for an attribute and no sentence of theirs is in a pair or a prompt of the training. Each is
@@ -10,7 +10,7 @@ shape and direction are those that the user's words ask for.
 
 Rows: no enhancer; the prompt in a fixed sentence (template only); the shipped language model with eight pairs before the
 prompt (few-shot); after SFT on pairs; after SFT and GRPO; and the true captions, which no enhancer can beat on average.
-Writes toy_prompts.json.
+Writes toy_prompts.json, with each clip as 0 or 1.
 """
 
 import argparse
@@ -122,7 +122,8 @@ def main():
     table = {}
     for name, runs in hits.items():
         interval = mean_interval([sum(hit) / len(runs) for hit in zip(*runs, strict=True)])
-        table[name] = {"all_right": [sum(run) / len(run) for run in runs], **interval._asdict(), "hits": runs}
+        table[name] = {"all_right": [sum(run) / len(run) for run in runs], **interval._asdict()}
+        table[name]["hits"] = ["".join(str(int(hit)) for hit in run) for run in runs]
     mean = {name: [sum(hit) / len(runs) for hit in zip(*runs, strict=True)] for name, runs in hits.items()}
     gain = paired_difference(mean["SFT"], mean["SFT + GRPO"])  # over prompts; the seeds' spread is printed beside it
     result |= {"table": table, "gain of GRPO": gain._asdict()}

@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 
 from vidtrl import toy
+from vidtrl.toy.paraphrases import enhancer_path
 
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(p for p in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")] if "```python\n" in p.read_text())
 SMALL = {  # what a reader would change to run the same program on a laptop
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": toy.pipeline_path(),
+    "Qwen/Qwen2.5-0.5B-Instruct": enhancer_path(),
+    "max_steps=200": "max_steps=2, use_cpu=True, bf16=False, report_to='none'",
     "height=480": "height=64",
     "width=832": "width=64",
     "num_frames=81).frames": "num_frames=17, num_inference_steps=2).frames",
