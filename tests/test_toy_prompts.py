@@ -10,6 +10,7 @@ import torch
 from diffusers import WanPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import TrainerCallback
 
 from vidtrl import toy
 from vidtrl.prompts.text import required_words
@@ -137,7 +138,14 @@ def test_pairs_teach_words_that_they_do_not_contain(tmp_path):
     assert right(enhancer, "held_out") > 0.3  # guessing gives 1/72
 
 
-def test_rewards_from_videos_train_the_language_model_alone(tmp_path):
+class StepCounter(TrainerCallback):
+    count = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.count += 1
+
+
+def test_rewards_from_videos_train_the_language_model_alone(tmp_path, capsys):
     enhancer = load_enhancer()
     pipe = WanPipeline.from_pretrained(toy.pipeline_path(), dtype=torch.float32)
     frozen = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
@@ -147,7 +155,9 @@ def test_rewards_from_videos_train_the_language_model_alone(tmp_path):
     short.grpo.update(max_steps=2, per_device_train_batch_size=16, logging_steps=1)
     fine_tune(enhancer, tmp_path / "sft", settings=short, disable_tqdm=True)
     before = {k: v.clone() for k, v in enhancer.model.state_dict().items()}
-    trainer = reinforce(enhancer, pipe, tmp_path / "grpo", settings=short, disable_tqdm=True)
+    steps = StepCounter()
+    trainer = reinforce(enhancer, pipe, tmp_path / "grpo", settings=short, callbacks=[steps], disable_tqdm=True)
+    assert steps.count == 2 and "'reward'" not in capsys.readouterr().out
     after = enhancer.model.state_dict()
     changed = {k for k in after if not torch.equal(after[k], before[k])}
     assert changed and all("lora" in k for k in changed)

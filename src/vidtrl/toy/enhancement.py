@@ -7,6 +7,7 @@ from typing import Any
 
 import trl
 from peft import LoraConfig
+from transformers import PrinterCallback, TrainerCallback
 
 from ..prompts import PromptEnhancer, pairs_dataset, prompts_dataset, structure_reward, video_reward
 from .measurement import measure
@@ -101,6 +102,7 @@ def fine_tune(
     output_dir: str | os.PathLike,
     seed: int = 0,
     settings: EnhancementSettings | None = None,
+    callbacks: list[TrainerCallback] | None = None,
     **options: Any,
 ) -> trl.SFTTrainer:
     """
@@ -111,7 +113,8 @@ def fine_tune(
         output_dir (`str` or `PathLike`): For the trainer.
         seed (`int`, *optional*, defaults to `0`): Of pairs and training.
         settings ([`EnhancementSettings`], *optional*): What to learn from.
-        **options: Further arguments of [`~trl.SFTConfig`], such as `disable_tqdm`.
+        callbacks (`list[TrainerCallback]`, *optional*): Such as one that shows progress.
+        **options: Further arguments of [`~trl.SFTConfig`]. With `disable_tqdm=True` nothing is printed.
 
     Returns:
         `trl.SFTTrainer`: Trained.
@@ -123,13 +126,12 @@ def fine_tune(
         trl.SFTConfig(output_dir=str(output_dir), seed=seed, **{**QUIET, **settings.sft, **options}),
         train_dataset=pairs_dataset(enhancer, rows),
         processing_class=enhancer.tokenizer,
+        callbacks=callbacks,
         peft_config=LoraConfig(
             r=settings.lora_r, lora_alpha=settings.lora_r, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
     )
-    trainer.train()
-    enhancer.model = trainer.model
-    return trainer
+    return _train(trainer, enhancer)
 
 
 def reinforce(
@@ -139,6 +141,7 @@ def reinforce(
     seed: int = 0,
     settings: EnhancementSettings | None = None,
     reward: video_reward | None = None,
+    callbacks: list[TrainerCallback] | None = None,
     **options: Any,
 ) -> trl.GRPOTrainer:
     """
@@ -147,7 +150,7 @@ def reinforce(
     Args:
         enhancer ([`PromptEnhancer`]): After [`fine_tune`].
         pipe (`DiffusionPipeline`): The frozen generator.
-        output_dir, seed, settings, **options: As in [`fine_tune`], of [`~trl.GRPOConfig`].
+        output_dir, seed, settings, callbacks, **options: As in [`fine_tune`], of [`~trl.GRPOConfig`].
         reward ([`video_reward`], *optional*): From [`make_video_reward`]; one that has rendered before, for the same
             generator, does not render those videos again.
 
@@ -165,7 +168,14 @@ def reinforce(
         trl.GRPOConfig(output_dir=str(output_dir), seed=seed, **{**QUIET, **settings.grpo, **options}),
         train_dataset=prompts_dataset(enhancer, rows),
         processing_class=enhancer.tokenizer,
+        callbacks=callbacks,
     )
+    return _train(trainer, enhancer)
+
+
+def _train(trainer, enhancer: PromptEnhancer):
+    if trainer.args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
     trainer.train()
     enhancer.model = trainer.model
     return trainer
