@@ -16,6 +16,7 @@ _EXPORTS = {
     "InferenceOptimization": "vidtrl.inference",
     "export_student": "vidtrl.inference",
     "load_student": "vidtrl.inference",
+    "PromptEnhancer": "vidtrl.prompts",
     "VideoDistillConfig": "vidtrl.trainer",
     "VideoDistillTrainer": "vidtrl.trainer",
     "VideoGRPOConfig": "vidtrl.trainer",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         load_student,
     )
     from .models import Condition, VideoModel, check_model
+    from .prompts import PromptEnhancer
     from .trainer import (
         VideoDistillConfig,
         VideoDistillTrainer,
