@@ -16,6 +16,16 @@ def clips(tmp_path_factory):
     return write_clips(tmp_path_factory.mktemp("clips"))
 
 
+@pytest.fixture
+def attention_default():
+    """For tests that set an attention backend: diffusers makes it the default of the process, and resetting a model does not
+    take that back (0.42); later tests would compute with another kernel."""
+    from diffusers.models.attention_dispatch import attention_backend
+
+    with attention_backend("native"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory):
     """One cache of latents for all trainer tests."""

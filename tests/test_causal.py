@@ -246,7 +246,7 @@ def test_bfloat16():
     assert distance(one_pass, torch.cat(parts, 2)) < 0.03 * float(one_pass.abs().max())
 
 
-def test_attention_backend_of_the_user():
+def test_attention_backend_of_the_user(attention_default):
     model, causal, condition = make()
     transformer, x = model.denoisers["transformer"], randn(condition, 4)
     with torch.no_grad(), causal.block_causal(2):

@@ -41,11 +41,10 @@ def run(pipe, steps=8, **call):
         ({"cache": diffusers.PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2)}, 1e-3, 10),
     ],
 )
-def test_settings_take_effect(options, low, high):
+def test_settings_take_effect(options, low, high, attention_default):
     plain, pipe = run(make()), make()
     assert InferenceOptimization(**options).apply(pipe, num_inference_steps=8) is pipe
     changed = run(pipe)
-    pipe.transformer.reset_attention_backend()  # the default of the whole process otherwise
     assert low <= (changed - plain).abs().max() <= high
     if "cache" in options:
         assert pipe.transformer.is_cache_enabled
