@@ -17,6 +17,7 @@ COMMANDS = {
     "prompt": (".prompt", "train a language model to write prompts for a video model"),
     "check-model": (".check_model", "prove that vidtrl samples and trains a model as its pipeline means it"),
     "benchmark": (".benchmark", "time a model or a few-step student, and what an optimisation changes"),
+    "compare": (".compare", "judge two folders of videos side by side in the browser, without knowing which is which"),
     "demo": (".demo", "post-train the shipped toy model on a laptop, SFT then GRPO, and show before and after"),
     "env": (".env", "print versions and hardware, for bug reports"),
 }
