@@ -219,6 +219,16 @@ def test_a_vote_that_cannot_be_written_is_not_kept(folders, tmp_path):
     assert comparison.pairs[0].votes == {}
 
 
+def test_two_processes_do_not_overwrite_each_others_votes(folders, tmp_path):
+    one = Comparison(*folders, tmp_path)
+    two = Comparison(*folders, tmp_path)  # has only looked
+    one.vote(0, AXES[0], "same")
+    with pytest.raises(ValueError, match="end this one and start it again"):
+        two.vote(1, AXES[0], "same")
+    one.vote(2, AXES[0], "same")
+    assert [bool(pair.votes) for pair in read_votes(tmp_path)[1]] == [True, False, True, False, False, False]
+
+
 # ---- What the votes say ----
 
 
@@ -471,6 +481,9 @@ def test_rating_in_the_browser(served, browser, width):
     click(browser, ".axis:nth-child(2) [data-choice=first]")
     browser.wait(lambda: votes_on_disk(comparison)[1])
     assert list(votes_on_disk(comparison)[1]) == ["motion_quality"] and state(browser)["active"] == 0
+    press(browser, "Enter", "p")  # the button that was clicked does not swallow the key
+    browser.wait(lambda: state(browser)["where"] == "Pair 2 of 6, 1 judged" and state(browser)["playing"] == 2)
+    assert len(votes_on_disk(comparison)[1]) == 1
 
     before = state(browser)
     browser.call("Page.reload")
@@ -519,7 +532,7 @@ def test_both_videos_pause_seek_and_start_together(served, browser):
     press(browser, "Space")
     browser.wait(lambda: state(browser)["playing"] == 0)
     browser.evaluate("(() => { const s = at('scrub'); s.value = 0.5; s.dispatchEvent(new Event('input')); })()")
-    duration = browser.evaluate("length()")
+    duration = browser.evaluate("seconds()")
     browser.wait(lambda: browser.evaluate("players.every((v) => !v.seeking)"))
     assert duration > 1 and state(browser)["times"] == pytest.approx([duration / 2] * 2, abs=0.02)
     press(browser, "r")
@@ -545,7 +558,27 @@ def test_a_vote_that_is_not_saved_is_taken_back_and_said(served, browser):
     browser.wait(lambda: votes_on_disk(comparison)[0] and state(browser)["message"] == "")
 
 
+@needs_chromium
+def test_a_video_that_cannot_be_played_is_said(folders, tmp_path, browser):
+    a = shutil.copytree(folders[0], tmp_path / "a")
+    for path in a.glob("*.mp4"):
+        path.write_bytes(b"no video")
+    server = CompareServer(Comparison(a, folders[1], tmp_path / "v"))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    browser.open(server.url, 1440)
+    browser.wait(lambda: "cannot be played" in state(browser)["message"])
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
 # ---- The command ----
+
+
+def test_command_starts_without_torch():
+    code = "import sys, vidtrl.cli.compare; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_command_serves_resumes_and_ends_with_the_table(folders, tmp_path):

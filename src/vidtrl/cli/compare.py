@@ -45,12 +45,12 @@ def print_results(names: tuple[str, str], results: Mapping[str, Gsb], done: int,
     """The GSB table, one row an axis."""
     a, b = map(escape, names)
     table = Table(title=f"{done} of {total} pairs judged on every axis", title_justify="left")
-    table.add_column("axis")
-    for title in (f"G: {a} better", "S: same", f"B: {b} better", "GSB", "95 % interval"):
+    table.add_column("axis", no_wrap=True)
+    for title in (f"G: {a} better", "S: same", f"B: {b} better", "GSB (95 % interval)"):
         table.add_column(title, justify="right", overflow="fold")
     for axis, (good, same, bad, value) in results.items():
-        numbers = ("-", "-") if value is None else (f"{value.value:+.2f}", f"{value.low:+.2f} to {value.high:+.2f}")
-        table.add_row(axis.replace("_", " "), str(good), str(same), str(bad), *numbers)
+        number = "-" if value is None else f"{value.value:+.2f} ({value.low:+.2f} to {value.high:+.2f})"
+        table.add_row(axis.replace("_", " "), str(good), str(same), str(bad), number)
     console.print(table)
     console.print(
         f"GSB = (G - B) / (G + S + B), above 0 where {a} is preferred; bootstrap over prompts.", highlight=False

@@ -341,11 +341,16 @@ class Comparison:
         self.output = Path(output)
         self.lock = threading.Lock()
         self.pairs, self.unpaired_a, self.unpaired_b = pair_clips(folder_a, folder_b, seed)
-        if (self.output / VOTES_FILE).is_file():
-            self._resume(read_votes(self.output)[1])
+        self._file = self.output / VOTES_FILE
+        before = None
+        if self._file.is_file():
+            self._stamp = self._file.stat().st_mtime_ns
+            before = read_votes(self.output)[1]
+            self._resume(before)
         elif self.output.exists() and not self.output.is_dir():
             raise ValueError(f"{self.output} is a file: choose another --output")
-        self._write()
+        if self.pairs != before:
+            self._write()
 
     def _resume(self, before: list[Pair]) -> None:
         """Former pairs keep their place and side; a vote on a video that is gone must not be lost or inherited."""
@@ -378,7 +383,7 @@ class Comparison:
                 withdraw the vote.
 
         Raises:
-            `ValueError`: If one of them does not exist.
+            `ValueError`: If one of them does not exist, or another process has written votes to the same file.
         """
         if type(index) is not int or not 0 <= index < len(self.pairs):
             raise ValueError(f"there is no pair {index!r}: they are numbered from 0 to {len(self.pairs) - 1}")
@@ -387,6 +392,11 @@ class Comparison:
                 f"cannot vote {choice!r} on {axis!r}: first, same, second or null on one of {', '.join(AXES)}"
             )
         with self.lock:
+            if self._file.is_file() and self._file.stat().st_mtime_ns != self._stamp:
+                raise ValueError(
+                    f"another vidtrl compare has written to {self._file}: end this one and start it again, and give each "
+                    "rater an --output"
+                )
             pair, before = self.pairs[index], dict(self.pairs[index].votes)
             pair.votes.pop(axis, None)
             if choice is not None:
@@ -424,7 +434,8 @@ class Comparison:
         self.output.mkdir(parents=True, exist_ok=True)
         partial = self.output / f"{VOTES_FILE}.partial"
         pq.write_table(table, partial)
-        partial.replace(self.output / VOTES_FILE)
+        partial.replace(self._file)
+        self._stamp = self._file.stat().st_mtime_ns
 
 
 def _names(a: str | os.PathLike, b: str | os.PathLike) -> tuple[str, str]:

@@ -13,13 +13,13 @@ const say = (text) => { at("message").textContent = text; at("message").hidden =
 const element = (name, text = "") => Object.assign(document.createElement(name), { textContent: text });
 
 // Both videos start at the same moment and start again when the longer one has ended.
-const length = () => Math.max(0, ...players.map((video) => video.duration || 0));
+const seconds = () => Math.max(0, ...players.map((video) => video.duration || 0));
 const play = () => {
   // play() is rejected when another pair is shown before it starts, which is no error here
   if (playing && players.every((video) => video.readyState >= 3)) for (const video of players) if (!video.ended) video.play().catch(() => {});
   at("play").textContent = playing ? "Pause" : "Play";
 };
-const seek = (seconds) => { for (const video of players) video.currentTime = Math.min(seconds, video.duration || 0); };
+const seek = (time) => { for (const video of players) video.currentTime = Math.min(time, video.duration || 0); };
 const restart = () => { seek(0); playing = true; play(); };
 const toggle = () => {
   playing = !playing;
@@ -31,7 +31,7 @@ for (const video of players) {
   video.addEventListener("loadedmetadata", () => video.classList.toggle("small", video.videoWidth <= 160));
   video.addEventListener("canplay", play);
   video.addEventListener("ended", () => { if (playing && players.every((other) => other.ended)) restart(); });
-  video.addEventListener("timeupdate", () => { if (length()) at("scrub").value = Math.max(...players.map((v) => v.currentTime)) / length(); });
+  video.addEventListener("timeupdate", () => { if (seconds()) at("scrub").value = Math.max(...players.map((v) => v.currentTime)) / seconds(); });
   video.addEventListener("error", () => { if (video.src) say("A video of this pair cannot be played. Is its file whole, and vidtrl compare still running?"); });
 }
 
@@ -106,10 +106,12 @@ document.addEventListener("keydown", (event) => {
   } else return;
   event.preventDefault();
 });
+// A button that was clicked with the mouse lets go of the keyboard, or Enter would press it again instead of going on.
+document.addEventListener("click", (event) => { if (event.detail) document.activeElement.blur(); });
 at("play").addEventListener("click", toggle);
 at("scrub").addEventListener("input", () => {
   if (playing) toggle();
-  seek(at("scrub").value * length());
+  seek(at("scrub").value * seconds());
 });
 at("previous").addEventListener("click", () => show(index - 1));
 at("next").addEventListener("click", () => show(index + 1));
