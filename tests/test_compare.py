@@ -271,6 +271,12 @@ def test_interval_knows_that_clips_of_one_prompt_agree():
     assert together.high - together.low > 2 * (apart.high - apart.low)  # sqrt(8) in the limit
 
 
+def test_prompts_with_many_clips_weigh_as_many_votes():
+    votes, prompts = ["good"] * 12 + ["bad"] * 4, ["many"] * 12 + ["p0", "p1", "p2", "p3"]
+    result = gsb(judged(votes, prompts), AXES[0]).gsb
+    assert result.value == 0.5 and -1 <= result.low < 0 and 0.5 < result.high <= 1  # a share in each resample, too
+
+
 def test_preferences_export_as_a_dataset(folders, tmp_path):
     comparison = Comparison(*folders, tmp_path / "v", seed=1)
     wanted = [("good", "good", "bad"), ("bad", "same", "same"), ("good", "same", "bad"), ("good", "good")]
@@ -453,6 +459,13 @@ def click(browser, selector):
         browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
 
+def reload(browser):
+    browser.evaluate("window.before = true")  # the old page answers for a while after the call
+    browser.call("Page.reload")
+    browser.wait(lambda: browser.evaluate("!window.before && document.readyState === 'complete'"))
+    browser.wait(lambda: state(browser)["playing"] == 2)
+
+
 def votes_on_disk(comparison):
     return [pair.votes for pair in read_votes(comparison.output)[1]]
 
@@ -486,14 +499,15 @@ def test_rating_in_the_browser(served, browser, width):
     assert len(votes_on_disk(comparison)[1]) == 1
 
     before = state(browser)
-    browser.call("Page.reload")
-    browser.wait(lambda: browser.evaluate("document.readyState") == "complete" and state(browser)["playing"] == 2)
+    reload(browser)
     after = state(browser)
     for key in ("where", "prompt", "pressed", "src", "active"):  # the same pair, the same sides, the same votes
         assert after[key] == before[key]
     assert after["pressed"] == [None, "first", None]
     press(browser, "p")
-    assert state(browser)["pressed"] == ["first", "second", "second"]
+    browser.wait(lambda: state(browser)["pressed"] == ["first", "second", "second"])
+    reload(browser)  # a judged pair, too, and not the next open one
+    assert state(browser)["where"] == "Pair 1 of 6, 1 judged"
     browser.evaluate(
         "document.querySelector('main').append(Object.assign(element('p', 'wide'), {style: 'width: 2000px'}))"
     )

@@ -251,7 +251,8 @@ def read_votes(output: str | os.PathLike) -> tuple[tuple[str, str], list[Pair]]:
     path = Path(output, VOTES_FILE)
     if not path.is_file():
         raise ValueError(f"{output} holds no comparison: run vidtrl compare A B --output {output} first")
-    table = pq.read_table(path)
+    # read in one go: pyarrow opens a path more than once, and a running server may replace the file in between
+    table = pq.read_table(pa.BufferReader(path.read_bytes()))
     metadata = table.schema.metadata or {}
     if not table.schema.equals(_SCHEMA) or b"a" not in metadata or b"b" not in metadata:
         raise ValueError(f"{path} was not written by this version of vidtrl compare: choose another --output")
