@@ -159,7 +159,9 @@ def input_gradient(checkpointing):
     setup, x = Setup(), None
     transformer = setup.model.denoisers["transformer"]
     if checkpointing:
-        transformer.enable_gradient_checkpointing(*([checkpoint_under(setup.roles)] if checkpointing == "roles" else []))
+        transformer.enable_gradient_checkpointing(
+            *([checkpoint_under(setup.roles)] if checkpointing == "roles" else [])
+        )
     x = setup.x.clone().requires_grad_()
     output = setup.velocity("student", x)
     with setup.roles.active("fake"):

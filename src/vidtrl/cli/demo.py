@@ -1,7 +1,7 @@
 """`vidtrl demo`: the main job end to end on the shipped toy model, in minutes on a laptop's CPU.
 
 Captioned mp4 clips -> `VideoSFTTrainer` with LoRA -> `VideoGRPOTrainer` with a second LoRA on top -> `VideoDistillTrainer`
-with a third, for two steps instead of twenty guided ones -> all of them generate the same held-out clips with plain
+with a third, for four steps instead of twenty guided ones -> all of them generate the same held-out clips with plain
 diffusers in fresh processes -> the mp4 files are decoded and measured -> a table, `results.json` and `report.html`.
 Each stage that is complete is skipped when the same command runs again; training goes on from its last checkpoint.
 """

@@ -7,7 +7,7 @@ what any diffusers user gets from the base model, and from the base model with t
     python generate.py --pipeline BASE --lora sft --jobs jobs.json --output videos/sft
     python generate.py --pipeline BASE --lora sft grpo --jobs jobs.json --output videos/grpo
     python generate.py --pipeline BASE --lora sft grpo distill --scheduler distill/scheduler --jobs jobs.json \
-        --num_inference_steps 2 --guidance_scale 1 --output videos/distill
+        --num_inference_steps 4 --guidance_scale 1 --output videos/distill
 
 `jobs.json` is a list of {"prompt", "seed", "file"}. Files that exist are kept, so an interrupted run goes on. Each
 finished file is announced on stdout.
