@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..rewards.builtin import is_url
 from .errors import PACKAGE, UserError, guarded
 from .sft import (
     LaunchArguments,
@@ -46,7 +47,7 @@ class GRPOScriptArguments(ScriptArguments):
     Args:
         dataset_name (`str`): Prompts: a `.txt` file with one a line, a `.jsonl`, `.csv` or `.parquet` file with a column
             `prompt` (the other columns reach the rewards), a folder, or an id on the Hub. Required.
-        reward_funcs (`list[str]`): Names of built-in rewards, or `module:function`. Required.
+        reward_funcs (`list[str]`): Names of built-in rewards, `module:function`, or addresses of reward servers. Required.
         eval_reward_funcs (`list[str]`, *optional*): Rewards that are measured in evaluation and never trained on.
 
     The other arguments are those of [`ScriptArguments`].
@@ -57,7 +58,10 @@ class GRPOScriptArguments(ScriptArguments):
         metadata={"help": "Prompts: a .txt, .jsonl, .csv or .parquet file, a folder, or an id on the Hub (required)."},
     )
     reward_funcs: list[str] | None = field(
-        default=None, metadata={"help": "Built-in rewards by name, or functions as module:function (required)."}
+        default=None,
+        metadata={
+            "help": "Built-in rewards by name, module:function, or http://host:port of a reward server (required)."
+        },
     )
     eval_reward_funcs: list[str] | None = field(
         default=None, metadata={"help": "Rewards measured in evaluation and never trained on."}
@@ -118,14 +122,15 @@ def resolve_reward(name: str) -> str | Callable:
     What the trainer takes for a reward that is named on the command line.
 
     Args:
-        name (`str`): A built-in reward such as `"toy-color"`, or `"module:function"` with a module that can be imported
-            from the present directory or the environment.
+        name (`str`): A built-in reward such as `"toy-color"`, the address of a reward server such as
+            `"http://host:8000"`, or `"module:function"` with a module that can be imported from the present directory or
+            the environment.
 
     Returns:
-        `str` or `Callable`: A built-in reward stays a name.
+        `str` or `Callable`: A built-in reward stays a name, and a server an address.
 
     Raises:
-        [`UserError`] or `ValueError`: If there is no such reward, module or function.
+        [`UserError`] or `ValueError`: If there is no such reward, module, function or server.
 
     Example:
 
@@ -135,10 +140,15 @@ def resolve_reward(name: str) -> str | Callable:
     ```
     """
     module_name, colon, function = name.partition(":")
-    if not colon:
-        from ..rewards import get_reward
+    if not colon or is_url(name):
+        from ..rewards import RewardUnavailable, get_reward
 
-        get_reward(name)  # a misspelt name shows before the model is loaded
+        reward = get_reward(name)  # a misspelt name shows before the model is loaded
+        if is_url(name):
+            try:
+                reward.check()
+            except RewardUnavailable as error:
+                raise UserError(str(error)) from error
         return name
     if module_name.endswith(".py") or "/" in module_name or not module_name or not function:
         raise UserError(

@@ -5,8 +5,12 @@ from typing import TYPE_CHECKING
 
 
 _EXPORTS = {
+    "RemoteReward": "remote",
+    "RemoteRewardError": "remote",
     "RewardError": "runner",
     "RewardRunner": "runner",
+    "RewardServer": "server",
+    "RewardUnavailable": "runner",
     "builtin_rewards": "builtin",
     "get_reward": "builtin",
     "get_motion_direction_reward": "motion",
@@ -67,4 +71,6 @@ if TYPE_CHECKING:
         temporal_roughness,
         temporal_smoothness_reward,
     )
-    from .runner import RewardError, RewardRunner
+    from .remote import RemoteReward, RemoteRewardError
+    from .runner import RewardError, RewardRunner, RewardUnavailable
+    from .server import RewardServer

@@ -34,12 +34,18 @@ def builtin_rewards() -> list[str]:
     return list(_BUILTIN)
 
 
+def is_url(name: str) -> bool:
+    """Whether a reward's name is the address of a reward server."""
+    return name.startswith(("http://", "https://"))
+
+
 def get_reward(name: str) -> Callable:
     """
     The built-in reward function of a name.
 
     Args:
-        name (`str`): One of [`builtin_rewards`], such as `"motion-magnitude"`.
+        name (`str`): One of [`builtin_rewards`], such as `"motion-magnitude"`; or the address of a reward server, such as
+            `"http://host:8000#motion-magnitude"`, for a [`RemoteReward`] with its default settings.
 
     Returns:
         `Callable`: Called with `prompts` and `videos` by keyword; returns one float or `None` a video.
@@ -47,6 +53,10 @@ def get_reward(name: str) -> Callable:
     Raises:
         `ValueError`: If there is no reward of this name. `ImportError` if it needs a package that is not installed.
     """
+    if is_url(name):
+        from .remote import RemoteReward
+
+        return RemoteReward(name)
     if name not in _BUILTIN:
         near = difflib.get_close_matches(name, _BUILTIN, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .builtin import get_reward
+from .builtin import get_reward, is_url
 
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,12 @@ class RewardError(RuntimeError):
     """A reward function failed. The message names the function, the prompt and the fix."""
 
 
-class _TookTooLong(Exception):
+class RewardUnavailable(RuntimeError):
+    """What scores cannot be had, a server that is down for one. A reward function raises it where no video is at fault
+    and calling it again on each video alone would only take longer."""
+
+
+class _TookTooLong(RewardUnavailable):
     """A call is not back in time. It cannot be told which video held it up."""
 
 
@@ -141,8 +146,9 @@ class RewardRunner:
         self.functions: list[Callable] = []
         self.names: list[str] = []
         for func in reward_funcs:
-            name = func if isinstance(func, str) else _name(func)
-            func = get_reward(func) if isinstance(func, str) else func
+            named = isinstance(func, str)
+            function = get_reward(func) if named else func
+            name, func = func if named and not is_url(func) else _name(function), function
             _check_signature(name, func)
             self.functions.append(func)
             self.names.append(_unused(name, self.names))
@@ -246,7 +252,7 @@ class RewardRunner:
         everything = range(len(handle.videos))
         try:
             calls = [self._finish(position, handle)]
-        except _TookTooLong as error:  # calling again would take just as long
+        except RewardUnavailable as error:  # calling again would take just as long
             self._report(position, handle, list(everything), error)
             return [], set(everything)
         except Exception as error:
@@ -261,7 +267,7 @@ class RewardRunner:
         for index in range(len(handle.videos)):
             try:
                 calls.append(self._run(position, self._call(handle, [index])))
-            except _TookTooLong as late:
+            except RewardUnavailable as late:
                 rest = list(range(index, len(handle.videos)))
                 self._report(position, handle, rest, late)
                 failed |= set(rest)
@@ -427,7 +433,7 @@ def _is_async(func: Callable) -> bool:
 def _name(func: Callable) -> str:
     while isinstance(func, functools.partial):
         func = func.func
-    return func.__name__ if inspect.isroutine(func) else type(func).__name__
+    return getattr(func, "__name__", type(func).__name__)
 
 
 def _unused(name: str, names: list[str]) -> str:
