@@ -14,10 +14,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from vidtrl.cli import generate
-from vidtrl.cli.demo import run_demo
-from vidtrl.cli.demo_report import results_table, verdict
-from vidtrl.cli.demo_settings import MODELS, STAGES, DemoSettings
-from vidtrl.cli.demo_stages import distil, fine_tune, measure_clips, reinforce, run_side_by_side
+from vidtrl.cli.demo import StageWatch, run_demo
+from vidtrl.cli.demo_clips import Generation, measure_clips, run_side_by_side
+from vidtrl.cli.demo_report import enhancer_note, results_table, verdict
+from vidtrl.cli.demo_settings import ADAPTERS, MODELS, STAGES, DemoSettings, full_settings
+from vidtrl.cli.demo_stages import distil, fine_tune, reinforce, train_enhancer
 from vidtrl.cli.errors import Interrupted, UserError
 from vidtrl.cli.main import main
 from vidtrl.data.video import read_video, write_video
@@ -30,6 +31,7 @@ SMALL = dataclasses.replace(
     num_clips=16,
     num_eval_clips=4,
     num_generated=4,
+    num_user_prompts=3,
     num_inference_steps=2,
     sft=DemoSettings().sft | {"max_steps": 6, "eval_steps": 3, "save_steps": 2, "logging_steps": 1},
     grpo=DemoSettings().grpo
@@ -45,6 +47,19 @@ SMALL = dataclasses.replace(
     distill=DemoSettings().distill
     | {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 2e-2, "save_steps": 1, "logging_steps": 1}
     | {"fake_updates_per_student": 1, "lr_scheduler_type": "constant"},
+    prompt={
+        "num_pairs": 4,
+        "num_prompts": 8,
+        "sft": {"max_steps": 2, "per_device_train_batch_size": 4},
+        "grpo": {
+            "max_steps": 3,
+            "save_steps": 1,
+            "per_device_train_batch_size": 4,
+            "num_generations": 2,
+            "logging_steps": 1,
+        },
+        "video": {"num_inference_steps": 2, "seeds": (0,)},
+    },
     rewards=("colorfulness", "temporal-smoothness"),  # noise of a random model shows no shape that could be right
     num_eval_prompts=2,
 )
@@ -68,57 +83,143 @@ def finished(tmp_path_factory, base):
 
 def test_demo_leaves_everything_it_promises(finished):
     folder, results = finished
-    adapters = [f"{stage}/{ADAPTER}" for stage in STAGES]
-    for name in ("data/train/metadata.jsonl", *adapters, "distill/scheduler", "report.html", "generate.py"):
+    adapters = [f"{stage}/{ADAPTER}" for stage in ADAPTERS]
+    for name in (
+        "data/train/metadata.jsonl",
+        *adapters,
+        "distill/scheduler",
+        "prompt/prompt_enhancer.json",
+        "report.html",
+    ):
         assert (folder / name).exists(), name
-    assert results["models"] == list(MODELS) == ["base", "sft", "grpo", "teacher", "control", "distill"]
-    assert [len(list(folder.glob(f"videos/{n}/*.mp4"))) for n in results["models"]] == [4] * 6
+    captioned = ["base", "sft", "grpo", "teacher", "control", "distill"]
+    assert results["models"] == [name for name in MODELS if name != "enhancer_sft"]
+    assert [len(list(folder.glob(f"videos/{n}/*.mp4"))) for n in captioned] == [4] * 6
+    assert {p.name: len(list(p.iterdir())) for p in folder.glob("users/videos/*")} == {
+        "grpo": 3,
+        "enhancer": 3,
+        "distill": 3,
+    }
     assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
-    assert results["num_clips"] == 4 and set(results["metrics"]["all"]) == {*MODELS, "differences"}
-    assert set(results["metrics"]["all"]["differences"]) == set(MODELS) - {"base"}
+    assert results["num_clips"] == 4 and set(results["metrics"]["all"]) == {*captioned, "differences"}
+    assert set(results["metrics"]["all"]["differences"]) == set(captioned) - {"base"}
+    assert set(results["metrics"]["users_all"]) == {"grpo", "enhancer", "distill", "differences"}
     assert set(results["goals"]) == set(STAGES)
     speed = results["speed"]
     assert (speed["teacher"]["evaluations"], speed["distill"]["evaluations"]) == (4, 4)  # two steps, guided; four
     assert 0.3 < speed["denoise_ratio"] < 4 and speed["distill"]["total_seconds"] > speed["distill"]["denoise_seconds"]
     assert {clip["prompt"] for clip in results["clips"]} <= set(captions())
     # all start from the same noise and differ by the adapters alone
-    sides = [[(folder / "videos" / n / c["file"]).read_bytes() for c in results["clips"]] for n in results["models"]]
+    sides = [[(folder / "videos" / n / c["file"]).read_bytes() for c in results["clips"]] for n in captioned]
     assert all(len(set(clips)) == 6 for clips in zip(*sides, strict=True))
     html = (folder / "report.html").read_text()
     assert "Distillation: score difference" in html and "The student keeps" in html
-    assert html.count("data:video/mp4;base64,") == 24 and "SFT: held-out loss by noise level" in html
-    for title in ("GRPO: reward", "GRPO: each reward in training", "GRPO: never trained on"):
+    assert html.count("data:video/mp4;base64,") == 24 + 9 and "SFT: held-out loss by noise level" in html
+    for title in (
+        "GRPO: reward",
+        "GRPO: each reward in training",
+        "GRPO: never trained on",
+        "Enhancer: rewards of its GRPO",
+    ):
         assert f'aria-label="{title}: mean reward over update"' in html
     assert "the recipe diffusion-nft for 4 updates" in html and "never trained on: toy-presence went from" in html
     assert not list(folder.rglob("*.partial"))
+    stages = results["stages"]
+    assert list(stages) == ["clips", *STAGES, "generate", "speed", "report"] and all(
+        s["finished"] for s in stages.values()
+    )
+    assert all(one["seconds"] > 0 and 1e8 < one["peak_memory"] < 1e11 for one in stages.values())
+    assert results["seconds"] == pytest.approx(sum(one["seconds"] for one in stages.values()), abs=0.1)
+
+
+def test_users_prompts_are_enhanced_for_the_model_and_judged_by_their_own_words(finished, base, tmp_path):
+    folder, results = finished
+    written, enhanced = (json.loads((folder / "users" / f"{n}.json").read_text()) for n in ("jobs", "enhanced"))
+    for user, job, clip in zip(written, enhanced, results["user_clips"], strict=True):
+        assert (user["seed"], user["file"], user["prompt"]) == (job["seed"], job["file"], clip["prompt"])
+        assert clip["enhancer"]["prompt"] == clip["distill"]["prompt"] == job["prompt"]
+    changed = [clip for clip in results["user_clips"] if clip["enhancer"]["prompt"] != clip["prompt"]]
+    assert changed and any(clip["enhancer"]["enhanced"] for clip in changed)
+    # an enhanced prompt gives another video of the same noise
+    for clip in changed:
+        files = [folder / "users" / "videos" / name / clip["file"] for name in ("grpo", "enhancer")]
+        assert files[0].read_bytes() != files[1].read_bytes()
+
+    # a shape that the user asked for in other words counts as right, whatever the enhancer wrote; the right clip of another
+    # user's prompt does not
+    users = ["a crimson orb drifting eastward", "verdant crate heading up", "a saffron cone gliding floorward"]
+    shown = ["a red circle moving right", "a green square moving up", "a red circle moving right"]
+    jobs = [{"prompt": prompt, "seed": i, "file": f"{i:03d}.mp4"} for i, prompt in enumerate(users)]
+    (tmp_path / "users").mkdir()
+    (tmp_path / "jobs.json").write_text("[]")
+    (tmp_path / "users" / "jobs.json").write_text(json.dumps(jobs))
+    enhanced = [job | {"prompt": "a white square moving left", "enhanced": i != 2} for i, job in enumerate(jobs)]
+    (tmp_path / "users" / "enhanced.json").write_text(json.dumps(enhanced))
+    for name, clips in (("grpo", shown[::-1]), ("enhancer", shown)):
+        (tmp_path / "users" / "videos" / name).mkdir(parents=True)
+        for job, text in zip(jobs, clips, strict=True):
+            write_video(tmp_path / "users" / "videos" / name / job["file"], render(text, "clean", 1), fps=8, crf=10)
+    (tmp_path / "jobs.json").write_text(json.dumps([{"prompt": shown[0], "seed": 0, "file": "000.mp4"}]))
+    for name in ("base", "sft", "grpo"):
+        (tmp_path / "videos" / name).mkdir(parents=True)
+        shutil.copy(tmp_path / "users" / "videos" / "enhancer" / "000.mp4", tmp_path / "videos" / name / "000.mp4")
+    found = measure_clips(tmp_path, ("sft", "grpo", "prompt"), SMALL)
+    assert found["metrics"]["users_all"]["grpo"]["value"] == pytest.approx(1 / 3)  # the green square alone
+    assert found["metrics"]["users_all"]["enhancer"]["value"] == pytest.approx(2 / 3)
+    assert found["goals"]["prompt"] == {
+        "of users' prompts as they are, 35 % at most come out all right": True,
+        "enhanced, at least 70 %": False,
+    }
+    assert enhancer_note(found).endswith('became "a white square moving left"; 1 prompts were left as they are.')
 
 
 def test_finished_stages_are_not_repeated(finished, base):
     folder, results = finished
-    kept = [*folder.glob(f"*/{ADAPTER}"), *folder.glob("videos/*/*.mp4")]
+    kept = [*folder.glob(f"*/{ADAPTER}"), *folder.glob("prompt/*.safetensors"), *folder.glob("**/videos/*/*.mp4")]
     times = {path: path.stat().st_mtime_ns for path in kept}
-    assert len(times) == 3 + 24
+    assert len(times) == 3 + 1 + 24 + 9
     missing = folder / "videos" / "grpo" / results["clips"][2]["file"]
     before = read_video(missing).int()
     missing.unlink()
     console = Console(file=open(os.devnull, "w"), record=True, width=200)
     again = run_demo(folder, seed=3, base=base, settings=SMALL, console=console)
     text = console.export_text()
-    assert text.count("done before") == 3 and "SFT + GRPO: 4 of 4 clips" in text and "\r" not in text
+    assert text.count("done before") == 4 and "1 of 1 clips, SFT + GRPO," in text and "\r" not in text
     # the same noise in a batch of one as in a batch of four; another clip is far away
     other = read_video(folder / "videos" / "grpo" / results["clips"][1]["file"]).int()
     distance = lambda video: (video - before).abs().float().mean()  # noqa: E731
     assert 5 * distance(read_video(missing).int()) < distance(other)
     assert {path for path in kept if path.stat().st_mtime_ns != times[path]} == {missing}
     assert again["metrics"]["all"] == results["metrics"]["all"]
+    # what the trainings took is what they took then
+    assert all(again["stages"][stage] == results["stages"][stage] for stage in STAGES)
 
     first = run_demo(folder, seed=3, base=base, settings=SMALL, console=QUIET, stages=["sft"])
     assert first["models"] == ["base", "sft"] and first["metrics"]["all"]["sft"] == results["metrics"]["all"]["sft"]
     html = (folder / "report.html").read_text()
     assert html.count("data:video/mp4;base64,") == 8 and "GRPO" not in html and "diffusion-nft" not in html
-    for stages in (["grpo"], ["grpo", "sft"], ["sft", "distill"], []):
-        with pytest.raises(UserError, match="take sft, or sft grpo"):
+    assert set(json.loads((folder / "stages.json").read_text())) == set(results["stages"])
+    for stages in (["grpo"], ["grpo", "sft"], ["sft", "grpo", "distill"], []):
+        with pytest.raises(UserError, match="take the first so many of sft grpo prompt distill"):
             run_demo(folder, seed=3, base=base, settings=SMALL, console=QUIET, stages=stages)
+
+
+def test_time_left_follows_the_pace_of_what_is_done(tmp_path):
+    console = Console(file=open(os.devnull, "w"), record=True, width=200)
+    watch = StageWatch(
+        tmp_path / "stages.json", ["clips", *STAGES, "generate", "speed", "report"], DemoSettings(), console
+    )
+    usual = watch.seconds_left()
+    assert usual == pytest.approx(sum(watch.expected.values())) and usual < 12 * 60
+    watch.record["sft"] |= {"seconds": 3 * watch.expected["sft"], "finished": True}
+    assert watch.seconds_left() == pytest.approx(3 * (usual - watch.expected["sft"]))
+    with pytest.raises(KeyboardInterrupt), watch.stage("grpo", "GRPO [all]"):
+        raise KeyboardInterrupt
+    assert "[3/8] GRPO [all]; about" in console.export_text()
+    known = json.loads((tmp_path / "stages.json").read_text())
+    assert known["sft"]["finished"] and not known["grpo"]["finished"] and known["grpo"]["peak_memory"] > 1e8
+    full = StageWatch(tmp_path / "none.json", watch.names, full_settings(), console).seconds_left()
+    assert usual < full < 25 * 60
 
 
 def same_adapter(one, other):
@@ -180,6 +281,25 @@ def test_interrupted_grpo_goes_on_bit_exactly_and_stacks(finished, base, tmp_pat
     assert distance("sft") > 1e-3 and distance("grpo") > 1e-3
 
 
+def test_interrupted_enhancer_goes_on(finished, base, tmp_path):
+    folder, _ = finished
+    for stage in ("sft", "grpo"):
+        shutil.copytree(folder / stage, tmp_path / stage)
+    with pytest.raises(Interrupted, match="goes on from the last checkpoint"):
+        train_enhancer(tmp_path, 3, base, SMALL, StopAt("step 2/3"))
+    assert (tmp_path / "prompt" / "checkpoint-1").is_dir() and not (
+        tmp_path / "prompt" / "trainer_state.json"
+    ).exists()
+    trainer = train_enhancer(tmp_path, 3, base, SMALL, QUIET)
+    assert [entry["step"] for entry in trainer.state.log_history if "reward" in entry] == [1, 2, 3]
+    names = [path.name for path in (folder / "prompt").glob("*.safetensors")]
+    weights, other = (load_file(place / "prompt" / names[0]) for place in (folder, tmp_path))
+    assert weights.keys() == other.keys()
+    before = load_file(folder / "prompt" / "sft" / names[0])
+    assert any((weights[k] != before[k]).any() for k in weights)  # the second step trained what the first one left
+    assert train_enhancer(tmp_path, 3, base, SMALL, QUIET) is None
+
+
 def test_the_distilled_student_is_what_its_files_say(finished, base, tmp_path):
     """Interrupted and gone on with; `load_student`, the demo's plain script and the trainer sample the same."""
     folder, _ = finished
@@ -195,7 +315,7 @@ def test_the_distilled_student_is_what_its_files_say(finished, base, tmp_path):
     prompts, seeds = captions()[:2], [7, 8]
     want = torch.stack(trainer.generate_videos(prompts, seeds, batch_size=2, output_type="latent"))
     shape = dict(height=SMALL.height, width=SMALL.width, num_frames=SMALL.num_frames, max_sequence_length=16)
-    adapters = [str(tmp_path / stage) for stage in STAGES]
+    adapters = [str(tmp_path / stage) for stage in ADAPTERS]
     plain = generate.load(base, adapters, str(tmp_path / "distill" / "scheduler"))
     without = generate.load(base, adapters[:2], str(tmp_path / "distill" / "scheduler"))
     distances = []
@@ -221,12 +341,13 @@ def test_other_runs_and_other_folders_are_refused(finished, base, tmp_path, caps
 
 
 def test_a_failing_process_names_its_log(tmp_path):
-    commands = {
-        "base": [sys.executable, "-c", "print('000.mp4')"],
-        "sft": [sys.executable, "-c", "raise SystemExit('no such adapter')"],
-    }
-    with pytest.raises(RuntimeError, match="generating with SFT failed: no such adapter .all of it in .*sft.log"):
-        run_side_by_side(commands, {"base": 1, "sft": 1}, 1, tmp_path, QUIET)
+    codes = {"base": "print('000.mp4')", "SFT": "raise SystemExit('no such adapter')"}
+    generations = [
+        Generation(label, [sys.executable, "-c", code], 1, 1, tmp_path / f"{label}.log")
+        for label, code in codes.items()
+    ]
+    with pytest.raises(RuntimeError, match="generating with SFT failed: no such adapter .all of it in .*SFT.log"):
+        run_side_by_side(generations, QUIET)
 
 
 def test_generation_is_plain_diffusers():
@@ -252,7 +373,8 @@ def test_measurement_tells_right_from_wrong_files(tmp_path):
         write_video(tmp_path / "videos" / "base" / job["file"], render(other, "raw", i), fps=8, crf=10)
         worse = render(job["prompt"], "raw", i) if i % 9 else torch.full((17, 3, 64, 64), 20, dtype=torch.uint8)
         write_video(tmp_path / "videos" / "grpo" / job["file"], worse, fps=8, crf=10)
-    two, results = (measure_clips(tmp_path, jobs, ["base", "sft", "grpo"][:n]) for n in (2, 3))
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    two, results = (measure_clips(tmp_path, ("sft", "grpo")[:n], SMALL) for n in (1, 2))
     assert two["goals"]["sft"] == results["goals"]["sft"] and set(two["goals"]) == {"sft"}
     metrics = results["metrics"]
     assert metrics["all"]["sft"]["value"] == 1.0 and metrics["all"]["base"]["value"] == 0.0

@@ -1,12 +1,14 @@
 """`vidtrl demo`: the main job end to end on the shipped toy model, in minutes on a laptop's CPU.
 
-Captioned mp4 clips -> `VideoSFTTrainer` with LoRA -> `VideoGRPOTrainer` with a second LoRA on top -> `VideoDistillTrainer`
-with a third, for four steps instead of twenty guided ones -> all of them generate the same held-out clips with plain
-diffusers in fresh processes -> the mp4 files are decoded and measured -> a table, `results.json` and `report.html`.
+Captioned mp4 clips -> `VideoSFTTrainer` with LoRA -> `VideoGRPOTrainer` with a second LoRA on top -> a prompt enhancer, trained
+with TRL against the videos of that model -> `VideoDistillTrainer` with a third LoRA, for four steps instead of twenty guided
+ones -> all of them generate the same held-out clips with plain diffusers in fresh processes -> the mp4 files are decoded and
+measured -> a table, `results.json` and `report.html`.
 Each stage that is complete is skipped when the same command runs again; training goes on from its last checkpoint.
 """
 
 import argparse
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -17,19 +19,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from .. import __version__
+from ..inference.benchmark import peak_memory
 from ..toy import pipeline_path
-from .demo_report import recipe_note, results_table, speed_note, verdict, write_demo_report
-from .demo_settings import STAGE_MODELS, STAGES, DemoSettings
-from .demo_stages import (
-    distil,
-    fine_tune,
-    generate_clips,
-    measure_clips,
-    measure_speed,
-    reinforce,
-    write_clips,
-    write_json,
-)
+from .demo_clips import generate_clips, measure_clips, measure_speed
+from .demo_report import enhancer_note, recipe_note, results_table, speed_note, verdict, write_demo_report
+from .demo_settings import PACE, STAGES, DemoSettings, full_settings
+from .demo_stages import distil, fine_tune, reinforce, train_enhancer, write_clips, write_json
 from .env import package_versions
 from .errors import Parser, UserError
 
@@ -51,8 +46,8 @@ def run_demo(
         base (`str`, *optional*): Folder of another `WanPipeline` that knows the toy world; the shipped one by default.
         settings ([`DemoSettings`], *optional*): What to train and measure.
         console (`rich.console.Console`, *optional*): Where to print.
-        stages (`Sequence[str]`, *optional*, defaults to all): Which trainings, of `"sft"`, `"grpo"` and `"distill"` in this order;
-            `("sft",)` leaves the others out.
+        stages (`Sequence[str]`, *optional*, defaults to all): Which trainings, the first ones of `"sft"`, `"grpo"`, `"prompt"` and
+            `"distill"`; `("sft",)` leaves the others out.
 
     Returns:
         `dict`: What `results.json` holds.
@@ -62,46 +57,107 @@ def run_demo(
     """
     if tuple(stages) != STAGES[: len(stages)] or not stages:
         raise UserError(
-            f"stages {' '.join(stages)}: each builds on the one before it, take sft, or sft grpo, or sft grpo distill"
+            f"stages {' '.join(stages)}: each builds on the ones before it, take the first so many of {' '.join(STAGES)}"
         )
     output, settings, console = Path(output), settings or DemoSettings(), console or Console()
     # a report is made to be shared: it names no folder of this machine unless asked to
     identity = {"seed": seed, "base": base or "shipped", "settings": asdict(settings)}
     base = str(Path(base or pipeline_path()).resolve())
     _claim(output, {"vidtrl": __version__, **identity})
-    models = ["base", *(model for stage in stages for model in STAGE_MODELS[stage])]
-    number = len(stages) + 3 + ("distill" in stages)
-    seconds: dict[str, float] = {}
-
-    def stage(text, function, *args):
-        console.print(f"[bold]\\[{len(seconds) + 1}/{number}][/bold] {escape(text)}")
-        start = time.perf_counter()
-        result = function(*args)
-        seconds[function.__name__] = round(time.perf_counter() - start, 1)
-        return result
-
     training = output, seed, base, settings, console
-    stage(f"write {settings.num_clips} captioned mp4 clips", write_clips, output, seed, settings)
-    stage(f"SFT: fine-tune a LoRA for {settings.sft['max_steps']} steps", fine_tune, *training)
-    if "grpo" in stages:
-        rewards = " + ".join(settings.rewards)
-        text = f"GRPO: train a second LoRA on {rewards}, {settings.grpo['max_steps']} updates, recipe {settings.grpo['recipe']}"
-        stage(text, reinforce, *training)
-    if "distill" in stages:
-        steps = len(settings.distill["denoising_steps"])
-        text = f"distillation: train a third LoRA for {steps} steps without guidance, {settings.distill['max_steps']} updates"
-        stage(text, distil, *training)
-    text = f"generate {settings.num_generated} held-out clips with each model, with plain diffusers in fresh processes"
-    jobs = stage(text, generate_clips, output, seed, base, settings, models, console)
-    speed = None
-    if "distill" in stages:
-        speed = stage("time teacher and student, in turns", measure_speed, output, base, settings)
-    results = stage("measure the mp4 files and write the report", measure_clips, output, jobs, models, speed)
-    results |= identity | {"versions": package_versions()}
-    results["seconds"] = seconds | {"total": round(sum(seconds.values()), 1)}
+    counts = {name: getattr(settings, name)["max_steps"] for name in ("sft", "grpo", "distill")}
+    steps = len(settings.distill["denoising_steps"])
+    plan = {
+        "clips": (f"write {settings.num_clips} captioned mp4 clips", write_clips, output, seed, settings),
+        "sft": (f"SFT: fine-tune a LoRA for {counts['sft']} steps", fine_tune, *training),
+        "grpo": (
+            f"GRPO: train a second LoRA on {' + '.join(settings.rewards)}, {counts['grpo']} updates, "
+            f"recipe {settings.grpo['recipe']}",
+            reinforce,
+            *training,
+        ),
+        "prompt": ("prompt enhancement: train a language model on what its videos show", train_enhancer, *training),
+        "distill": (
+            f"distillation: train a third LoRA for {steps} steps without guidance, {counts['distill']} updates",
+            distil,
+            *training,
+        ),
+        "generate": (
+            f"generate {settings.num_generated} held-out clips with each model, with plain diffusers in fresh processes",
+            generate_clips,
+            *training[:-1],
+            stages,
+            console,
+        ),
+        "speed": ("time teacher and student, in turns", measure_speed, output, base, settings),
+    }
+    names = ["clips", *stages, "generate", *(["speed"] if "distill" in stages else []), "report"]
+    watch = StageWatch(output / "stages.json", names, settings, console)
+    returned = {}
+    for name in names[:-1]:
+        text, function, *args = plan[name]
+        with watch.stage(name, text):
+            returned[name] = function(*args)
+    with watch.stage("report", "measure the mp4 files and write the report"):
+        results = measure_clips(output, stages, settings, returned.get("speed"))
+    results |= identity | {"versions": package_versions(), "stages": watch.record}
+    results["seconds"] = round(sum(one["seconds"] for one in watch.record.values()), 1)
     write_json(output / "results.json", results)
     write_demo_report(output, results)
     return results
+
+
+class StageWatch:
+    """
+    Says which stage begins and how long is left, and keeps what each took: seconds, over all runs that worked at it, and peak
+    memory.
+
+    Args:
+        file (`Path`): Where that is kept.
+        names (`Sequence[str]`): The stages of this run.
+        settings ([`DemoSettings`]): Their sizes.
+        console (`rich.console.Console`): Where to print.
+    """
+
+    def __init__(self, file: Path, names: Sequence[str], settings: DemoSettings, console: Console):
+        self.file, self.names, self.console = file, names, console
+        self.known = json.loads(file.read_text()) if file.is_file() else {}
+        self.record = {
+            # what is done anew in each run is not done before it
+            name: {"seconds": 0.0, "peak_memory": 0, "finished": False}
+            | (self.known.get(name, {}) if name not in ("speed", "report") else {})
+            | ({"finished": False} if name == "generate" else {})  # with another stage there is more of it
+            for name in names
+        }
+        self.expected = {name: PACE[name] * number for name, number in settings.units().items()}
+
+    def seconds_left(self) -> float:
+        """The usual time of what is not finished, by how much slower than usual the finished stages were."""
+        done = [name for name in self.names if self.record[name]["finished"]]
+        usual = sum(self.expected[name] for name in done)
+        took = sum(self.record[name]["seconds"] for name in done)
+        pace = took / usual if usual > 10 else 1.0
+        return pace * sum(self.expected[name] for name in self.names if name not in done)
+
+    @contextlib.contextmanager
+    def stage(self, name: str, text: str):
+        """Around the work of a stage."""
+        number, one = self.names.index(name) + 1, self.record[name]
+        left = self.seconds_left()
+        about = f"; about {max(1, round(left / 60))} min left in all" if left > 20 else ""
+        self.console.print(
+            f"[bold]\\[{number}/{len(self.names)}][/bold] {escape(text)}[dim]{about}[/dim]", highlight=False
+        )
+        start, finished = time.perf_counter(), one["finished"]
+        with peak_memory("cpu", children=True, interval=0.25) as peak:
+            try:
+                yield
+                one["finished"] = True
+            finally:
+                if not finished:  # what a look at finished files takes is not the stage's time
+                    one["seconds"] = round(one["seconds"] + time.perf_counter() - start, 1)
+                    one["peak_memory"] = max(one["peak_memory"], peak[0])
+                write_json(self.file, self.known | self.record)
 
 
 def _claim(output: Path, identity: dict) -> None:
@@ -142,10 +198,13 @@ def run(argv: Sequence[str]) -> int:
         nargs="+",
         choices=STAGES,
         default=list(STAGES),
-        help="which trainings (default: sft grpo distill); the same folder can be given the next one later",
+        help="which trainings (default: sft grpo prompt distill); the same folder can be given the next one later",
     )
     parser.add_argument(
         "--base", metavar="DIR", help="another WanPipeline of the toy world in place of the shipped one"
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="more clips and longer trainings: about 20 minutes on two cores"
     )
     args = parser.parse_args(argv)
     if args.seed < 0:
@@ -155,7 +214,8 @@ def run(argv: Sequence[str]) -> int:
     console = Console()
     if not console.is_terminal:
         _silence_progress_bars()
-    results = run_demo(args.output, args.seed, args.base, console=console, stages=args.stages)
+    settings = full_settings() if args.full else DemoSettings()
+    results = run_demo(args.output, args.seed, args.base, settings, console, args.stages)
     console.print(results_table(results))
     console.print(verdict(results), highlight=False)
     for stage, reached in results["goals"].items():
@@ -163,9 +223,9 @@ def run(argv: Sequence[str]) -> int:
             console.print(f"  {stage.upper()}: {goal}: {'[green]yes[/green]' if yes else '[red]no[/red]'}")
     if "speed" in results:
         console.print(speed_note(results), highlight=False)
+    if "enhancer" in results["models"]:
+        console.print(enhancer_note(results), highlight=False)
     if "grpo" in results["models"]:
         console.print(recipe_note(results, Path(args.output)), highlight=False)
-    console.print(
-        f"{results['seconds']['total']:.0f} s in this run. Report: {escape(str(Path(args.output) / 'report.html'))}"
-    )
+    console.print(f"{results['seconds']:.0f} s in all. Report: {escape(str(Path(args.output) / 'report.html'))}")
     return 0

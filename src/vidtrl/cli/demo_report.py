@@ -1,4 +1,4 @@
-"""What `vidtrl demo` shows: the table, one sentence, and `report.html`."""
+"""What `vidtrl demo` shows: the tables, a few sentences, and `report.html`."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .demo_settings import MODELS
+from .demo_settings import MODELS, STAGES
 from .env import hardware
 
 
 MAX_SHOWN = 72  # clips on the page
 
 METRICS = {  # name -> (label, digits after the point of its percentage, higher is better, how it is measured)
-    "all": ("All three right", 0, True, "colour, shape and direction as the prompt asks"),
+    "all": ("All three right", 0, True, "colour, shape and direction as the caption asks"),
     "color": ("Colour", 0, True, "palette colour nearest to the shape's pixels"),
     "shape": ("Shape", 0, True, "filled share of the bounding box"),
     "direction": ("Direction", 0, True, "slope of the centroid"),
@@ -27,6 +27,15 @@ METRICS = {  # name -> (label, digits after the point of its percentage, higher 
         "standard deviation of the shape's brightness over time, relative to its mean",
     ),
     "smoothness": ("Smoothness", 1, True, "100 % is uniform motion"),
+    "users_all": (
+        "All three right, users' prompts",
+        0,
+        True,
+        "from words that no training contains: as written, enhanced, and enhanced for the distilled student",
+    ),
+    "users_color": ("Colour, users' prompts", 0, True, "as above"),
+    "users_shape": ("Shape, users' prompts", 0, True, "as above"),
+    "users_direction": ("Direction, users' prompts", 0, True, "as above"),
 }
 
 
@@ -41,17 +50,29 @@ def results_table(results: dict) -> Group:
         f"{results['num_clips']} held-out clips a model, measured from their mp4 files: % [95 % interval]\n"
         "second lines: change against the model on the left"
     )
-    return Group(
-        *(_table(results, models[start : start + 3], title) for start in range(0, max(1, len(models) - 1), 2))
-    )
+    captions = [name for name in models if name in results["metrics"]["all"]]
+    metrics = [name for name in results["metrics"] if not name.startswith("users_")]
+    starts = range(0, max(1, len(captions) - 1), 2)
+    tables = [_table(results, metrics, captions[start : start + 3], title) for start in starts]
+    if "users_all" in results["metrics"]:
+        title = (
+            f"{results['num_user_clips']} users' prompts, in words that no training contains: % [95 % interval]\n"
+            "as written; enhanced; enhanced, for the distilled student"
+        )
+        users = [name for name in models if name in results["metrics"]["users_all"]]
+        metrics = [name for name in results["metrics"] if name.startswith("users_")]
+        starts = range(0, max(1, len(users) - 1), 2)
+        tables += [_table(results, metrics, users[start : start + 3], title) for start in starts]
+    return Group(*tables)
 
 
-def _table(results: dict, models: list[str], title: str | None) -> Table:
+def _table(results: dict, metrics: list[str], models: list[str], title: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD)
     for name in ("Measured", *(MODELS[name] for name in models)):
         table.add_column(name, justify="left" if name == "Measured" else "right")
-    for metric, (label, digits, higher, _) in METRICS.items():
-        row = results["metrics"][metric]
+    for metric in metrics:
+        label, digits, higher, _ = METRICS[metric]
+        label, row = label.removesuffix(", users' prompts"), results["metrics"][metric]
 
         def show(e, sign="", digits=digits):
             value, low, high = (f"{100 * e[k]:{sign}.{digits}f}" for k in ("value", "low", "high"))
@@ -79,8 +100,23 @@ def verdict(results: dict) -> str:
     for name, difference in row["differences"].items():
         points, low, high = (f"{100 * difference[k]:+.0f}" for k in ("value", "low", "high"))
         text += f", {100 * row[name]['value']:.0f} % {words[name]} ({points} points; 95 % interval {low} to {high})"
-    steps = [f"{100 * flicker[name]['value']:.1f} %" for name in results["models"]]
+    steps = [f"{100 * flicker[name]['value']:.1f} %" for name in results["models"] if name in flicker]
     return f"{text}. Flicker: {', then '.join(steps)}."
+
+
+def enhancer_note(results: dict) -> str:
+    """What users' own words give, and what the enhancer makes of them."""
+    row, users = results["metrics"]["users_all"], results["user_clips"]
+    share = lambda name: f"{100 * row[name]['value']:.0f} %"  # noqa: E731
+    text = f"Of {len(users)} prompts in users' own words, {share('grpo')} come out all right as they are written"
+    if "enhancer_sft" in row:
+        text += f", {share('enhancer_sft')} with the enhancer after its SFT"
+    text += f", {share('enhancer')} with the enhancer"
+    if "distill" in row:
+        text += f", and {share('distill')} with the enhancer and the distilled student"
+    kept, first = sum(not clip["enhancer"]["enhanced"] for clip in users), users[0]
+    text += f'. "{first["prompt"]}", for one, became "{first["enhancer"]["prompt"]}"'
+    return text + (f"; {kept} prompts were left as they are." if kept else ".")
 
 
 def recipe_note(results: dict, output: Path) -> str:
@@ -117,65 +153,82 @@ def speed_note(results: dict) -> str:
 
 def write_demo_report(output: Path, results: dict) -> Path:
     """Write `report.html` from the results, the videos and the training logs."""
-    from ..report import Clip, Estimate, Metric, write_report
+    from ..report import Estimate, Metric, write_report
 
     models = {name: MODELS[name] for name in results["models"]}
     metrics = [
         Metric(
             label,
-            {text: Estimate(**results["metrics"][key][name]) for name, text in models.items()},
-            {models[n]: Estimate(**difference) for n, difference in results["metrics"][key]["differences"].items()},
+            {text: Estimate(**row[name]) for name, text in models.items() if name in row},
+            {models[n]: Estimate(**difference) for n, difference in row["differences"].items()},
             higher_is_better=higher,
             percent=True,
             digits=digits,
             help=help_text,
         )
-        for key, (label, digits, higher, help_text) in METRICS.items()
+        for key, row in results["metrics"].items()
+        for label, digits, higher, help_text in (METRICS[key],)
     ]
-    describe = lambda m: f"{m['color']} {m['shape']} {m['direction']}" if m["present"] else "no shape seen"  # noqa: E731
-    clips = [
-        Clip(
-            clip["prompt"],
-            {label: output / "videos" / name / clip["file"] for name, label in models.items()},
-            notes={label: describe(clip[name]) for name, label in models.items()},
-            right={label: clip[name]["all"] for name, label in models.items()},
-        )
-        # one a caption: the page holds its videos, and stays small enough to send
-        for clip in results["clips"][:: max(1, len(results["clips"]) // MAX_SHOWN)]
-    ]
-    # an even walk through all captions first: twelve that no one picked by their result
-    stride = max(1, len(clips) // 12)
-    shown = clips[::stride][:12]
-    clips = shown + [clip for clip in clips if clip not in shown]
-    grpo, distill = "grpo" in models, "distill" in models
+    shown = _shown(output / "videos", results["clips"], models)
+    if results["user_clips"]:
+        # one in three: what the enhancer does is seen beside the clips from captions
+        users = _shown(output / "users" / "videos", results["user_clips"], models, share=3)
+        shown = shown[:9] + users[:3] + shown[9:] + users[3:]
+    state = lambda stage: output / stage / "trainer_state.json"  # noqa: E731
+    stages = [stage for stage in STAGES if stage in results["stages"]]
+    charts = sft_charts(state("sft"))
+    notes, names = [], ["supervised fine-tuning"]
+    if "grpo" in stages:
+        charts += grpo_charts(state("grpo"), results["settings"])
+        notes += [recipe_note(results, output)]
+        names += ["GRPO"]
+    if "prompt" in stages:
+        charts += enhancer_charts(state("prompt"))
+        notes += [enhancer_note(results)]
+        names += ["prompt enhancement"]
+    if "distill" in stages:
+        charts += distill_charts(state("distill"))
+        notes += [speed_note(results)]
+        names += ["distillation"]
     flat: dict = {}
     for name, value in results["settings"].items():
-        if name == "distill" and not distill:
-            continue
-        if name in ("sft", "distill") or name == "grpo" and grpo:
-            flat |= {f"{name}.{key}": one for key, one in value.items()}
-        elif grpo or name not in ("grpo", "rewards", "watched_rewards", "num_eval_prompts"):
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": one for key, one in value.items() if name in stages}
+        else:
             flat[name] = ", ".join(value) if isinstance(value, (list, tuple)) else value
-    charts = sft_charts(output / "sft" / "trainer_state.json")
-    if grpo:
-        charts += grpo_charts(output / "grpo" / "trainer_state.json", results["settings"])
-    if distill:
-        charts += distill_charts(output / "distill" / "trainer_state.json")
-    stages = "supervised fine-tuning, then GRPO," if grpo else "supervised fine-tuning"
-    stages = "supervised fine-tuning, GRPO and distillation" if distill else stages
     return write_report(
         output / "report.html",
-        title=f"vidtrl demo: {stages} of the toy model",
+        title=f"vidtrl demo: {', '.join(names[:-1])}{' and ' if names[1:] else ''}{names[-1]} of the toy model",
         summary=verdict(results),
-        notes=([speed_note(results)] if distill else []) + ([recipe_note(results, output)] if grpo else []),
+        notes=notes,
         metrics=metrics,
-        clips=clips,
-        clips_note="Same prompt and same initial noise for all models. The first twelve are an even walk through all "
-        "prompts, not a choice by result. Under each video: what was measured in it. All clips lie in videos/.",
+        clips=shown,
+        clips_note="Same prompt and same initial noise for all models. The first twelve are an even walk through captions and "
+        "users' prompts, not a choice by result. Under each video: what was measured in it. All clips lie in videos/ and users/videos/.",
         charts=charts,
         settings={"base": results["base"], "seed": results["seed"], **flat},
         versions=results["versions"] | hardware(),
     )
+
+
+def _shown(folder: Path, clips: list[dict], models: dict[str, str], share: int = 1) -> list:
+    """Clips for the page: at most 72 / share, so that it stays small enough to send; first nine of an even walk through all."""
+    from ..report import Clip
+
+    def describe(m: dict) -> str:
+        return f"{m['color']} {m['shape']} {m['direction']}" if m["present"] else "no shape seen"
+
+    found = [
+        Clip(
+            clip["prompt"],
+            {label: folder / name / clip["file"] for name, label in models.items() if name in clip},
+            notes={label: describe(clip[name]) for name, label in models.items() if name in clip},
+            right={label: clip[name]["all"] for name, label in models.items() if name in clip},
+        )
+        for clip in clips[:: max(1, len(clips) * share // MAX_SHOWN)]
+    ]
+    first = found[:: max(1, len(found) // 9)][:9]
+    return first + [clip for clip in found if clip not in first]
 
 
 def sft_charts(state_file: Path) -> list:
@@ -201,6 +254,18 @@ def sft_charts(state_file: Path) -> list:
                 Chart("SFT: held-out loss by noise level", series, "noise level (sigma)", "velocity error", note)
             )
     return charts
+
+
+def enhancer_charts(state_file: Path) -> list:
+    """What the enhancer's GRPO is trained on: whether the videos of its prompts show what users asked for, and the prompts' form."""
+    from ..report import Chart
+
+    log = json.loads(state_file.read_text())["log_history"]
+    names = {"videos": "rewards/video_reward/mean", "form of the prompt": "rewards/structure_reward/mean"}
+    series = {title: [(one["step"], one[key]) for one in log if key in one] for title, key in names.items()}
+    series = {title: points for title, points in series.items() if points}
+    note = "Mean over the completions of each update."
+    return [Chart("Enhancer: rewards of its GRPO", series, "update", "mean reward", note)] if series else []
 
 
 def distill_charts(state_file: Path) -> list:

@@ -1,21 +1,37 @@
 """What `vidtrl demo` trains and measures, in one place."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
-STAGES = ("sft", "grpo", "distill")  # in the order in which they build on each other
+STAGES = ("sft", "grpo", "prompt", "distill")  # in the order in which they build on each other
+ADAPTERS = ("sft", "grpo", "distill")  # those that leave an adapter of the video model
 # what is generated and compared, each with the one before it. The teacher is the model after GRPO, under guidance; the
-# control is that model in the student's few steps, without the student's training
+# control is that model in the student's few steps, without the student's training. Prompts are captions, as the base learned
+# them, but for the enhancer: what users write goes to the model after GRPO as it is, then enhanced, then to the student
 MODELS = {
     "base": "base",
     "sft": "SFT",
     "grpo": "SFT + GRPO",
+    "enhancer_sft": "enhancer, SFT only",
+    "enhancer": "+ enhancer",
     "teacher": "guided",
     "control": "few steps",
     "distill": "distilled",
 }
-STAGE_MODELS = {"sft": ("sft",), "grpo": ("grpo",), "distill": ("teacher", "control", "distill")}
+STAGE_MODELS = {"sft": ("sft",), "grpo": ("grpo",), "distill": ("teacher", "control", "distill")}  # on captions
+USER_MODELS = {"prompt": ("grpo", "enhancer"), "distill": ("distill",)}  # on users' prompts
 ATTRIBUTES = ("color", "shape", "direction")
+# seconds a unit on two quiet CPU cores: what the first guess of the time left is made of
+PACE = {
+    "clips": 0.012,
+    "sft": 0.085,
+    "grpo": 6.3,
+    "prompt": 1.6,
+    "distill": 0.42,
+    "generate": 0.0062,
+    "speed": 14,
+    "report": 0.03,
+}
 
 
 @dataclass(frozen=True)
@@ -27,9 +43,12 @@ class DemoSettings:
         num_clips (`int`): Training clips of the SFT stage, all `clean`.
         num_eval_clips (`int`): Further clips for the held-out loss.
         num_generated (`int`): Generated clips a model, spread evenly over the captions.
+        num_user_prompts (`int`): What users write: paraphrases in words that no training of the enhancer contains, one clip each.
+        compare_enhancers (`bool`): Generate with the enhancer after its SFT, before its GRPO, as well.
         lora_r (`int`): Rank of each stage's adapter; `lora_alpha` is equal to it.
         sft (`dict`): Arguments of [`VideoSFTConfig`].
         grpo (`dict`): Arguments of [`VideoGRPOConfig`]. Prompts are all captions.
+        prompt (`dict`): Arguments of [`~toy.enhancement.EnhancementSettings`]; what `sft`, `grpo` and `video` do not name keeps its value.
         distill (`dict`): Arguments of [`VideoDistillConfig`]. Prompts are all captions.
         rewards (`tuple[str, ...]`): What the GRPO stage is trained on; `grpo` has their weights.
         watched_rewards (`tuple[str, ...]`): Measured in its evaluation and never trained on.
@@ -41,7 +60,9 @@ class DemoSettings:
 
     num_clips: int = 432
     num_eval_clips: int = 36
-    num_generated: int = 216  # three a caption: 72 cannot tell a rise of ten points from none
+    num_generated: int = 144  # two a caption: 72 cannot tell a rise of ten points from none
+    num_user_prompts: int = 72
+    compare_enhancers: bool = False
     lora_r: int = 32
     sft: dict = field(
         default_factory=lambda: {
@@ -91,6 +112,14 @@ class DemoSettings:
             "logging_steps": 1,
         }
     )
+    prompt: dict = field(
+        default_factory=lambda: {
+            "num_pairs": 8,
+            "num_prompts": 512,
+            "sft": {"max_steps": 60},
+            "grpo": {"max_steps": 40, "save_steps": 10},
+        }
+    )
     distill: dict = field(
         default_factory=lambda: {
             "recipe": "dmd2",
@@ -121,3 +150,34 @@ class DemoSettings:
     max_sequence_length: int = 16
     num_inference_steps: int = 20
     guidance_scale: float = 1.0
+
+    def units(self) -> dict[str, int]:
+        """How much there is to do in each stage, in the units of `PACE`."""
+        few, many = len(self.distill["denoising_steps"]), self.num_inference_steps
+        # decoding and writing a clip cost about as much as nine evaluations of this small model
+        captions = self.num_generated * (5 * many + 2 * few + 6 * 9)
+        users = self.num_user_prompts * ((2 + self.compare_enhancers) * many + few + (3 + self.compare_enhancers) * 9)
+        return {
+            "clips": self.num_clips + self.num_eval_clips,
+            "sft": self.sft["max_steps"],
+            "grpo": self.grpo["max_steps"],
+            "prompt": self.prompt["grpo"]["max_steps"],
+            "distill": self.distill["max_steps"],
+            "generate": captions + users,
+            "speed": 1,
+            "report": 6 * self.num_generated + 3 * self.num_user_prompts,
+        }
+
+
+def full_settings() -> DemoSettings:
+    """What `vidtrl demo --full` runs: more clips, longer trainings, and the enhancer's two steps apart."""
+    small = DemoSettings()
+    return replace(
+        small,
+        num_generated=288,
+        num_user_prompts=144,
+        compare_enhancers=True,
+        sft=small.sft | {"max_steps": 400},
+        grpo=small.grpo | {"max_steps": 48},
+        distill=small.distill | {"max_steps": 240, "save_steps": 60},
+    )

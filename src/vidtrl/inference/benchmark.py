@@ -95,7 +95,7 @@ def measure(
         return time.perf_counter() - start, output
 
     warmup_seconds = [run("pt")[0] for _ in range(warmup)][0]
-    with _peak_memory(device) as peak:
+    with peak_memory(device) as peak:
         totals = [run("pt")[0] for _ in range(repeats)]
     denoise = []
     denoisers = list(denoisers)
@@ -148,9 +148,18 @@ def _synchronize(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def _peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """The peak inside the block, as the one item of a list."""
-    peak = [0]
+def peak_memory(device: torch.device | str, children: bool = False, interval: float = 0.01) -> Iterator[list[int]]:
+    """
+    The peak inside the block, in bytes, as the one item of a list that is complete when the block has ended.
+
+    Args:
+        device (`torch.device` or `str`): A CUDA or XPU device counts its own allocations; anywhere else it is the resident
+            memory of the process, looked at now and then.
+        children (`bool`, *optional*, defaults to `False`): Add the processes that this one has started. What they share
+            counts once for each.
+        interval (`float`, *optional*, defaults to `0.01`): Seconds between two looks at the process.
+    """
+    device, peak = torch.device(device), [0]
     if device.type in ("cuda", "xpu"):
         memory = torch.get_device_module(device)
         memory.reset_peak_memory_stats(device)
@@ -159,12 +168,18 @@ def _peak_memory(device: torch.device) -> Iterator[list[int]]:
         return
     process, done = psutil.Process(), threading.Event()
 
-    def watch() -> None:
-        while True:
-            peak[0] = max(peak[0], process.memory_info().rss)
-            if done.wait(0.01):
-                return
+    def resident() -> int:
+        total = process.memory_info().rss
+        for child in process.children(recursive=True) if children else ():
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                total += child.memory_info().rss
+        return total
 
+    def watch() -> None:
+        while not done.wait(interval):
+            peak[0] = max(peak[0], resident())
+
+    peak[0] = resident()  # however short the block is
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
@@ -172,3 +187,4 @@ def _peak_memory(device: torch.device) -> Iterator[list[int]]:
     finally:
         done.set()
         thread.join()
+        peak[0] = max(peak[0], resident())

@@ -142,6 +142,7 @@ def reinforce(
     settings: EnhancementSettings | None = None,
     reward: video_reward | None = None,
     callbacks: list[TrainerCallback] | None = None,
+    resume_from_checkpoint: str | None = None,
     **options: Any,
 ) -> trl.GRPOTrainer:
     """
@@ -153,6 +154,8 @@ def reinforce(
         output_dir, seed, settings, callbacks, **options: As in [`fine_tune`], of [`~trl.GRPOConfig`].
         reward ([`video_reward`], *optional*): From [`make_video_reward`]; one that has rendered before, for the same
             generator, does not render those videos again.
+        resume_from_checkpoint (`str`, *optional*): Folder of a checkpoint to go on from. The enhancer must be as it was when
+            that run began.
 
     Returns:
         `trl.GRPOTrainer`: Trained. Its `reward_funcs[0]` is the [`video_reward`] with its cache.
@@ -170,13 +173,13 @@ def reinforce(
         processing_class=enhancer.tokenizer,
         callbacks=callbacks,
     )
-    return _train(trainer, enhancer)
+    return _train(trainer, enhancer, resume_from_checkpoint)
 
 
-def _train(trainer, enhancer: PromptEnhancer):
+def _train(trainer, enhancer: PromptEnhancer, resume_from_checkpoint: str | None = None):
     if trainer.args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     enhancer.model = trainer.model
     return trainer
 
