@@ -19,6 +19,8 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
@@ -225,6 +227,21 @@ def wan_i2v():
     return pipe, dict(WAN_LIKE, image=tiny_image(16))
 
 
+def wan21_i2v():
+    """The released 2.1: the image is also an embedding that the denoiser attends to."""
+    parts = wan_i2v()[0].components
+    transformer = tiny_wan_transformer((36, 16), image_dim=32)
+    parts |= dict(image_encoder=tiny_clip_vision(), image_processor=CLIPImageProcessor(crop_size=32, size=32))
+    pipe = diffusers.WanImageToVideoPipeline(**{**parts, "transformer": transformer})
+    return pipe, dict(WAN_LIKE, image=tiny_image(16))
+
+
+def tiny_clip_vision():
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, projection_dim=32, num_hidden_layers=2, num_attention_heads=4, image_size=32)
+    return CLIPVisionModel(CLIPVisionConfig(**sizes, intermediate_size=37, patch_size=16)).eval()
+
+
 def tiny_image(size):
     array = torch.randint(0, 256, (size, size, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     return Image.fromarray(array.numpy())
@@ -242,13 +259,10 @@ def skyreels():
 
 
 def skyreels_i2v():
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=32, projection_dim=32, num_hidden_layers=2, num_attention_heads=4, image_size=32)
-    encoder = CLIPVisionModel(CLIPVisionConfig(**sizes, intermediate_size=37, patch_size=16)).eval()
     pipe = diffusers.SkyReelsV2ImageToVideoPipeline(
         tokenizer=tiny_tokenizer(),
         text_encoder=tiny_umt5(),
-        image_encoder=encoder,
+        image_encoder=tiny_clip_vision(),
         image_processor=CLIPImageProcessor(crop_size=32, size=32),
         vae=tiny_wan_vae(),
         scheduler=flow_unipc(5.0),
@@ -363,10 +377,24 @@ def cogvideox_i2v():
     return pipe, dict(WAN_LIKE, image=tiny_image(16))
 
 
-def hunyuan():
+def cogvideox15_i2v():
+    """A temporal patch, rotary embeddings, and the frame offset embedding."""
+    parts, scheduler = _cogvideox_parts(
+        in_channels=8,
+        attention_head_dim=16,
+        patch_size_t=2,
+        patch_bias=False,
+        use_rotary_positional_embeddings=True,
+        ofs_embed_dim=2,
+    )
+    pipe = diffusers.CogVideoXImageToVideoPipeline(**parts, scheduler=diffusers.CogVideoXDPMScheduler(**scheduler))
+    return pipe, dict(WAN_LIKE, num_frames=13, image=tiny_image(16))
+
+
+def _hunyuan_transformer(in_channels=4, guidance_embeds=True, **kwargs):
     torch.manual_seed(0)
     transformer = diffusers.HunyuanVideoTransformer3DModel(
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
         num_attention_heads=2,
         attention_head_dim=10,
@@ -375,21 +403,66 @@ def hunyuan():
         num_refiner_layers=1,
         patch_size=1,
         patch_size_t=1,
-        guidance_embeds=True,
+        guidance_embeds=guidance_embeds,
         text_embed_dim=16,
         pooled_projection_dim=8,
         rope_axes_dim=(2, 4, 4),
+        **kwargs,
     )
+    return alive(transformer)
+
+
+def hunyuan():
     pipe = diffusers.HunyuanVideoPipeline(
         text_encoder=tiny_llama(16),
         tokenizer=tiny_tokenizer(256),
-        transformer=alive(transformer),
+        transformer=_hunyuan_transformer(),
         vae=tiny_hunyuan_vae(4),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
         text_encoder_2=tiny_clip_text(8),
         tokenizer_2=tiny_tokenizer(77),
     )
     return pipe, dict(WAN_LIKE, prompt_template={"template": "{}", "crop_start": 0})
+
+
+def _hunyuan_i2v(**transformer):
+    """The text encoder looks at the image; its template is the released one, but short: 4 image tokens instead of 576."""
+    tokenizer = tiny_tokenizer(256)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end_header_id|>", "<image>"]})
+    torch.manual_seed(0)
+    sizes = dict(intermediate_size=37, num_attention_heads=4, num_hidden_layers=3)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(hidden_size=16, projection_dim=16, image_size=32, patch_size=16, **sizes),
+        text_config=LlamaConfig(
+            hidden_size=16, vocab_size=256, bos_token_id=3, eos_token_id=1, pad_token_id=0, **sizes
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-2,
+        pad_token_id=0,
+    )
+    pipe = diffusers.HunyuanVideoImageToVideoPipeline(
+        text_encoder=LlavaForConditionalGeneration(config).eval(),
+        tokenizer=tokenizer,
+        transformer=_hunyuan_transformer(guidance_embeds=False, **transformer),
+        vae=tiny_hunyuan_vae(4),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=tiny_clip_text(8),
+        tokenizer_2=tiny_tokenizer(77),
+        image_processor=CLIPImageProcessor(crop_size=32, size=32),
+    )
+    template = "<|end_header_id|> <image> a video of <|end_header_id|> {} <|end_header_id|>"
+    places = dict(crop_start=6, image_emb_start=1, image_emb_end=5, image_emb_len=4)
+    return pipe, dict(WAN_LIKE, prompt_template={"template": template, **places}, image=tiny_image(16))
+
+
+def hunyuan_i2v():
+    """The first latent frame is the image, and the denoiser knows."""
+    return _hunyuan_i2v(image_condition_type="token_replace")
+
+
+def hunyuan_i2v_concat():
+    """The image comes as extra input channels, and the pipeline drops the first four frames it decodes."""
+    return _hunyuan_i2v(image_condition_type="latent_concat", in_channels=9)
 
 
 def hunyuan15():
@@ -677,15 +750,19 @@ ALL = {
     "wan22_ti2v": wan22_ti2v,
     "wan22_ti2v_i2v": wan22_ti2v_i2v,
     "wan_i2v": wan_i2v,
+    "wan21_i2v": wan21_i2v,
     "skyreels": skyreels,
     "skyreels_i2v": skyreels_i2v,
     "ltx": ltx,
     "ltx_i2v": ltx_i2v,
     "hunyuan": hunyuan,
+    "hunyuan_i2v": hunyuan_i2v,
+    "hunyuan_i2v_concat": hunyuan_i2v_concat,
     "hunyuan15": hunyuan15,
     "cogvideox": cogvideox,
     "cogvideox15": cogvideox15,
     "cogvideox_i2v": cogvideox_i2v,
+    "cogvideox15_i2v": cogvideox15_i2v,
     "mochi": mochi,
     "sana": sana,
     "sana_i2v": sana_i2v,

@@ -14,7 +14,9 @@ straight path in other coordinates, x_t = (cos t + sin t) x_sigma with sigma = s
     tangent = finite_difference_tangent(function, x_t, t, teacher_F)                    # or jvp_tangent
     loss = scm_loss(function(x_t, t), teacher_F, tangent, x_t, t)
 
-All functions compute in float32; sigma and t are floats or tensors of shape (B,) where nothing else is said.
+All functions compute in float32; sigma and t are floats or tensors of shape (B,) where nothing else is said. `free` is
+broadcastable to x, 1 for coordinates that are learned and 0 for those that a condition fixes (the first frame of
+image-to-video), which no loss counts; all are learned by default.
 """
 
 import math
@@ -24,10 +26,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .flow import _like
+from .flow import _like, sample_mean
 
 
-def consistency_loss(prediction: Tensor, target: Tensor, weighting: str = "mse") -> Tensor:
+def consistency_loss(prediction: Tensor, target: Tensor, weighting: str = "mse", free: Tensor | None = None) -> Tensor:
     """The distance between f at sigma and the (constant) target, f at the next smaller noise level of the trajectory.
 
     Args:
@@ -37,6 +39,7 @@ def consistency_loss(prediction: Tensor, target: Tensor, weighting: str = "mse")
         weighting: "mse"; "huber" (iCT's pseudo-Huber of the root mean square d of a sample,
             sqrt(d^2 + c^2) - c with c = 0.00054: linear in large errors); "sum" (the squared error summed over a
             sample's coordinates, rCM's discrete loss).
+        free: as above.
 
     Returns:
         scalar float32, the mean over the batch.
@@ -48,14 +51,14 @@ def consistency_loss(prediction: Tensor, target: Tensor, weighting: str = "mse")
         >>> consistency_loss(torch.ones(2, 3), torch.zeros(2, 3), "sum").item()
         3.0
     """
-    error = torch.square(prediction.float() - target.detach().float()).flatten(1)
+    error = torch.square(prediction.float() - target.detach().float())
     if weighting == "mse":
-        return error.mean()
+        return sample_mean(error, free).mean()
     if weighting == "huber":
         c = 0.00054
-        return (torch.sqrt(error.mean(1) + c**2) - c).mean()
+        return (torch.sqrt(sample_mean(error, free) + c**2) - c).mean()
     if weighting == "sum":
-        return error.sum(1).mean()
+        return (error if free is None else error * free).flatten(1).sum(1).mean()
     raise ValueError(f"consistency weighting must be 'mse', 'huber' or 'sum', got {weighting!r}.")
 
 
@@ -77,7 +80,7 @@ def ode_step(x: Tensor, velocity: Tensor, sigma: float | Tensor, sigma_next: flo
     return x.float() + (_like(sigma_next, x) - _like(sigma, x)) * velocity.float()
 
 
-def ode_regression_loss(prediction: Tensor, target: Tensor, sigma: Tensor) -> Tensor:
+def ode_regression_loss(prediction: Tensor, target: Tensor, sigma: Tensor, free: Tensor | None = None) -> Tensor:
     """Regression on the end of the teacher's trajectories (CausVid, https://huggingface.co/papers/2412.07772).
 
     The mean squared error over the samples (or frames) whose sigma is not 0: where it is, the answer was the input.
@@ -86,6 +89,7 @@ def ode_regression_loss(prediction: Tensor, target: Tensor, sigma: Tensor) -> Te
         prediction: (B, C, f, h, w) x0 of the student at stored states x_sigma, with gradient.
         target: (B, C, f, h, w), where those trajectories end.
         sigma: (B,), or (B, f) when every frame has its own.
+        free: as above.
 
     Returns:
         scalar float32; 0 when no sigma is positive.
@@ -98,6 +102,7 @@ def ode_regression_loss(prediction: Tensor, target: Tensor, sigma: Tensor) -> Te
     shape = (len(sigma), 1, sigma.shape[1], 1, 1) if sigma.ndim == 2 else (len(sigma), *[1] * (prediction.ndim - 1))
     error = torch.square(prediction.float() - target.detach().float())
     counts = (sigma > 0).reshape(shape).expand_as(error)
+    counts = counts if free is None else counts & (free > 0)
     return torch.where(counts, error, 0).sum() / counts.sum().clamp(min=1)
 
 
@@ -241,6 +246,7 @@ def scm_loss(
     t: float | Tensor,
     r: float = 1.0,
     normalization: float = 0.1,
+    free: Tensor | None = None,
 ) -> Tensor:
     """Continuous-time consistency (sCM, https://huggingface.co/papers/2410.11081) as rCM trains it.
 
@@ -263,6 +269,7 @@ def scm_loss(
         t: float or (B,) in (0, pi/2).
         r: tangent warm-up from 0 to 1; rCM: min(1, step / 1000).
         normalization: c > 0 of g / (|g| + c).
+        free: as above; norms are over the free coordinates.
 
     Returns:
         scalar float64, the mean over the batch.
@@ -276,8 +283,10 @@ def scm_loss(
     cos, sin = _cos_sin(_like(t, x_t).double())
     pull = cos * torch.sqrt((1 - r**2 * sin**2).clamp(min=0)) * (fixed - teacher_F.detach().double())
     g = -pull - r * (cos * sin * x_t.detach().double() + tangent.detach().double())
+    g = g if free is None else g * free
     norm = g.flatten(1).norm(dim=1).reshape(-1, *[1] * (g.ndim - 1))
     error = torch.square(F.double() - fixed - g / (norm + normalization))
+    error = error if free is None else error * free
     return 100 * error.flatten(1).sum(1).mean()
 
 

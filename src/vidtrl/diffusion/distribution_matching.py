@@ -5,6 +5,9 @@ DMD (https://huggingface.co/papers/2311.18828), DMD2 (https://huggingface.co/pap
 the generator makes x; the frozen real score and the trained fake score (a model of the generator's own samples) both
 estimate x0 from one noised x. Where they agree, the generator's distribution is the real one.
 
+`free` is broadcastable to x, 1 for coordinates that the generator makes and 0 for those that a condition fixes (the first
+frame of image-to-video); it makes all by default. Means are over the free ones.
+
 A generator step: `score_sigma` -> `flow.add_noise` -> both estimates, the real one `guided` -> `dmd_loss` or `sid_loss`.
 A critic step: the same noise level on a fresh sample -> `critic_loss`. The GAN terms of DMD2 and Self Forcing are left out.
 """
@@ -15,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .flow import _like, shift_sigma, velocity_target
+from .flow import _like, sample_mean, shift_sigma, velocity_target
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -94,7 +97,7 @@ def score_sigma(u: Tensor, shift: float = 1.0, low: float = 0.02, high: float = 
     return shift_sigma(u.float(), shift).clamp(low, high)
 
 
-def dmd_gradient(x: Tensor, fake_x0: Tensor, real_x0: Tensor) -> Tensor:
+def dmd_gradient(x: Tensor, fake_x0: Tensor, real_x0: Tensor, free: Tensor | None = None) -> Tensor:
     """The normalised score difference (DMD, https://huggingface.co/papers/2311.18828, eqs. 7 and 8, per sample).
 
     (fake_x0 - real_x0) / mean |x - real_x0|, the mean over all coordinates of a sample: of the order of 1 whatever the
@@ -104,6 +107,7 @@ def dmd_gradient(x: Tensor, fake_x0: Tensor, real_x0: Tensor) -> Tensor:
     Args:
         x: (B, ...) generated sample.
         fake_x0, real_x0: (B, ...) estimates from the noised x.
+        free: as above; the gradient is 0 elsewhere.
 
     Returns:
         (B, ...) float32, without gradient.
@@ -113,11 +117,17 @@ def dmd_gradient(x: Tensor, fake_x0: Tensor, real_x0: Tensor) -> Tensor:
         [[0.0, 4.0]]
     """
     x, fake_x0, real_x0 = (t.detach().float() for t in (x, fake_x0, real_x0))
-    return torch.nan_to_num((fake_x0 - real_x0) / _scale(x, real_x0), nan=0.0, posinf=0.0, neginf=0.0)
+    gradient = torch.nan_to_num((fake_x0 - real_x0) / _scale(x, real_x0, free), nan=0.0, posinf=0.0, neginf=0.0)
+    return gradient if free is None else gradient * free
 
 
 def dmd_loss(
-    x: Tensor, fake_x0: Tensor, real_x0: Tensor, mask: Tensor | None = None, weight: Tensor | None = None
+    x: Tensor,
+    fake_x0: Tensor,
+    real_x0: Tensor,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    free: Tensor | None = None,
 ) -> Tensor:
     """A loss whose gradient is DMD's: d loss / d x = weight `dmd_gradient` / number of counted elements.
 
@@ -128,8 +138,9 @@ def dmd_loss(
         x: (B, ...) generated sample, with gradient.
         fake_x0, real_x0: (B, ...) estimates of the fake and the (guided) real score from the noised x.
         mask: broadcastable to x, 1 for elements that count; the mean is over these (0 if there are none). The first
-            frame of a rolled-out long video is left out this way.
+            frame of a rolled-out long video is left out this way. The normaliser of the gradient does not know it.
         weight: (B,) factor per sample, such as a reward's.
+        free: as above.
 
     Returns:
         scalar float64.
@@ -140,14 +151,21 @@ def dmd_loss(
         >>> x.grad.tolist()
         [[0.0, 2.0]]
     """
-    target = x.detach().double() - dmd_gradient(x, fake_x0, real_x0)
+    target = x.detach().double() - dmd_gradient(x, fake_x0, real_x0, free)
     error = 0.5 * torch.square(x.double() - target)
     if weight is not None:
         error = error * _like(weight, error)
-    return _masked_mean(error, mask)
+    return _masked_mean(error, mask, free)
 
 
-def sid_loss(x: Tensor, fake_x0: Tensor, real_x0: Tensor, alpha: float = 1.0, mask: Tensor | None = None) -> Tensor:
+def sid_loss(
+    x: Tensor,
+    fake_x0: Tensor,
+    real_x0: Tensor,
+    alpha: float = 1.0,
+    mask: Tensor | None = None,
+    free: Tensor | None = None,
+) -> Tensor:
     """Score identity distillation (https://huggingface.co/papers/2404.04057), normalised as in Self Forcing.
 
     mean((real - fake) ((real - x) - alpha (real - fake)) / stop_gradient(mean |x - real|)).
@@ -163,6 +181,7 @@ def sid_loss(x: Tensor, fake_x0: Tensor, real_x0: Tensor, alpha: float = 1.0, ma
         fake_x0, real_x0: (B, ...) estimates of the fake and the (guided) real score from the noised x, with gradient.
         alpha: weight of the squared difference of the scores; 1 to 1.2 in the papers.
         mask: as in `dmd_loss`.
+        free: as above.
 
     Returns:
         scalar float64.
@@ -174,10 +193,12 @@ def sid_loss(x: Tensor, fake_x0: Tensor, real_x0: Tensor, alpha: float = 1.0, ma
     x, fake_x0, real_x0 = x.double(), fake_x0.double(), real_x0.double()
     difference = real_x0 - fake_x0
     error = difference * ((real_x0 - x) - alpha * difference)
-    return _masked_mean(error / _scale(x.detach(), real_x0.detach()), mask)
+    return _masked_mean(error / _scale(x.detach(), real_x0.detach(), free), mask, free)
 
 
-def critic_loss(velocity: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | None = None) -> Tensor:
+def critic_loss(
+    velocity: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | None = None, free: Tensor | None = None
+) -> Tensor:
     """Flow matching of the fake score on the generator's samples (https://huggingface.co/papers/2210.02747).
 
     weight mean((velocity - (noise - x0))^2) per sample.
@@ -187,6 +208,7 @@ def critic_loss(velocity: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | No
         x0: (B, ...) generated sample; no gradient reaches it.
         noise: (B, ...) standard normal.
         weight: (B,), such as `training_weight`; 1 if None.
+        free: as above.
 
     Returns:
         (B,) float32.
@@ -195,7 +217,7 @@ def critic_loss(velocity: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | No
         >>> critic_loss(torch.ones(1, 3), torch.zeros(1, 3), torch.full((1, 3), 3.0)).tolist()
         [4.0]
     """
-    loss = torch.square(velocity.float() - velocity_target(x0.detach(), noise)).flatten(1).mean(1)
+    loss = sample_mean(torch.square(velocity.float() - velocity_target(x0.detach(), noise)), free)
     return loss if weight is None else weight * loss
 
 
@@ -226,13 +248,14 @@ def _bell(sigma: Tensor) -> Tensor:
     return torch.exp(-2 * torch.square(sigma - 0.5)) - math.exp(-0.5)
 
 
-def _scale(x: Tensor, real_x0: Tensor) -> Tensor:
+def _scale(x: Tensor, real_x0: Tensor, free: Tensor | None) -> Tensor:
     """mean |x - real_x0| per sample, shaped to broadcast over x."""
-    return (x - real_x0).abs().flatten(1).mean(1).reshape(-1, *[1] * (x.ndim - 1))
+    return sample_mean((x - real_x0).abs(), free).reshape(-1, *[1] * (x.ndim - 1))
 
 
-def _masked_mean(error: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
+def _masked_mean(error: Tensor, mask: Tensor | None, free: Tensor | None) -> Tensor:
+    if mask is None and free is None:
         return error.mean()
-    mask = mask.to(error.dtype).expand_as(error)
+    mask = torch.ones((), device=error.device) if mask is None else mask
+    mask = (mask if free is None else mask * free).to(error.dtype).expand_as(error)
     return (error * mask).sum() / mask.sum().clamp(min=1)

@@ -22,6 +22,24 @@ def _like(sigma: float | Tensor, x: Tensor) -> Tensor:
     return sigma.reshape(-1, *[1] * (x.ndim - 1)) if sigma.ndim else sigma
 
 
+def sample_mean(x: Tensor, free: Tensor | None = None) -> Tensor:
+    """The mean of each sample over its coordinates, (B,).
+
+    Args:
+        x: (B, ...).
+        free: broadcastable to x, 1 for coordinates that count and 0 for those that a condition fixes (the first frame of
+            image-to-video); all count by default.
+
+    Example:
+        >>> sample_mean(torch.tensor([[1.0, 5.0]]), free=torch.tensor([[0.0, 1.0]])).tolist()
+        [5.0]
+    """
+    if free is None:
+        return x.flatten(1).mean(1)
+    free = free.to(x.dtype).expand_as(x).flatten(1)
+    return (x.flatten(1) * free).sum(1) / free.sum(1).clamp(min=1)
+
+
 def add_noise(x0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
     """x_sigma = (1 - sigma) x0 + sigma noise.
 

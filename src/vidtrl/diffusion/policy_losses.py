@@ -3,12 +3,15 @@
 Two families. Policy gradients compare the log-probability of one sampling step under the current and the rollout policy
 (`clipped_loss`, `guard_log_ratio`, `dppo_loss`; log-probabilities from `transitions`). Forward-process methods need no
 stochastic sampling: they noise the finished sample and regress on it (`nft_loss`, `awm_log_prob`).
+
+`free` is broadcastable to a sample, 1 for coordinates that were generated and 0 for those that a condition fixes (the first
+frame of image-to-video); means are over the free ones, and all are by default.
 """
 
 import torch
 from torch import Tensor
 
-from .flow import _like, velocity_target, x0_from_velocity
+from .flow import _like, sample_mean, velocity_target, x0_from_velocity
 
 
 def clipped_loss(
@@ -43,7 +46,9 @@ def clipped_loss(
     return torch.maximum(-advantages * ratio, -advantages * clipped)
 
 
-def guard_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
+def guard_log_ratio(
+    log_prob: Tensor, old_log_prob: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor, free: Tensor | None = None
+) -> Tensor:
     """GRPO-Guard's centred and scaled log-ratio (https://huggingface.co/papers/2510.22319, RatioNorm).
 
     std * (log_prob - old_log_prob + mean((mean - old_mean)^2) / (2 std^2)), which equals mean((mean - old_mean) noise)
@@ -55,6 +60,7 @@ def guard_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mean: Tensor, old_me
         log_prob, old_log_prob: (B,) of a Gaussian transition.
         mean, old_mean: (B, ...), `Transition.mean` under the two policies.
         std: (B,), `Transition.std`, equal under both.
+        free: as above.
 
     Returns:
         (B,).
@@ -64,7 +70,7 @@ def guard_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mean: Tensor, old_me
         >>> guard_log_ratio(zero, zero, torch.ones(2, 3), torch.ones(2, 3), torch.ones(2)).tolist()
         [0.0, 0.0]
     """
-    distance = torch.square(mean - old_mean).flatten(1).mean(1)
+    distance = sample_mean(torch.square(mean - old_mean), free)
     return std * (log_prob - old_log_prob) + distance / (2 * std)
 
 
@@ -103,6 +109,7 @@ def nft_loss(
     advantages: Tensor,
     beta: float = 1.0,
     advantage_clip: float = 5.0,
+    free: Tensor | None = None,
 ) -> Tensor:
     """DiffusionNFT (https://huggingface.co/papers/2509.16117): negative-aware fine-tuning.
 
@@ -124,6 +131,7 @@ def nft_loss(
         advantages: (B,).
         beta: strength of the implicit policies; smaller is stronger guidance.
         advantage_clip: A_max > 0.
+        free: as above.
 
     Returns:
         (B,) float32.
@@ -135,12 +143,19 @@ def nft_loss(
     """
     v, v_old, x0 = v.float(), v_old.detach().float(), x0.float()
     r = (advantages.float() / advantage_clip).clamp(-1, 1) / 2 + 0.5
-    positive = _normalized_error((1 - beta) * v_old + beta * v, x_t, x0, sigma)
-    negative = _normalized_error((1 + beta) * v_old - beta * v, x_t, x0, sigma)
+    positive = _normalized_error((1 - beta) * v_old + beta * v, x_t, x0, sigma, free)
+    negative = _normalized_error((1 + beta) * v_old - beta * v, x_t, x0, sigma, free)
     return (r * positive + (1 - r) * negative) * (advantage_clip / beta)
 
 
-def awm_log_prob(v: Tensor, noise: Tensor, x0: Tensor, sigma: float | Tensor, weighting: str = "uniform") -> Tensor:
+def awm_log_prob(
+    v: Tensor,
+    noise: Tensor,
+    x0: Tensor,
+    sigma: float | Tensor,
+    weighting: str = "uniform",
+    free: Tensor | None = None,
+) -> Tensor:
     """Surrogate log-probability of advantage-weighted matching (https://huggingface.co/papers/2509.25050).
 
     -w(sigma) l with l = mean((v - (noise - x0))^2), the flow-matching loss of the sample. Put it into `clipped_loss`
@@ -152,6 +167,7 @@ def awm_log_prob(v: Tensor, noise: Tensor, x0: Tensor, sigma: float | Tensor, we
         sigma: float or (B,).
         weighting: "uniform" (w = 1), "t" (sigma), "t2" (sigma^2), or a robust loss: "huber"
             (sigma (sqrt(l + 1e-10) - 1e-5)), "ghuber" (sigma / p ((l + 1e-10)^p - 1e-10^p), p = 1/4).
+        free: as above.
 
     Returns:
         (B,) float64: ratios of these are clipped at 1e-5 and below.
@@ -164,7 +180,7 @@ def awm_log_prob(v: Tensor, noise: Tensor, x0: Tensor, sigma: float | Tensor, we
         >>> awm_log_prob(x + 2, x, x, 0.5, weighting="t").tolist()
         [-2.0]
     """
-    loss = torch.square(v.double() - velocity_target(x0, noise).double()).flatten(1).mean(1)
+    loss = sample_mean(torch.square(v.double() - velocity_target(x0, noise).double()), free)
     sigma = torch.as_tensor(sigma, dtype=torch.float64, device=loss.device)
     if weighting == "uniform":
         return -loss
@@ -179,7 +195,7 @@ def awm_log_prob(v: Tensor, noise: Tensor, x0: Tensor, sigma: float | Tensor, we
     raise ValueError(f"awm weighting must be 'uniform', 't', 't2', 'huber' or 'ghuber', got {weighting!r}.")
 
 
-def _normalized_error(v: Tensor, x_t: Tensor, x0: Tensor, sigma: float | Tensor) -> Tensor:
+def _normalized_error(v: Tensor, x_t: Tensor, x0: Tensor, sigma: float | Tensor, free: Tensor | None) -> Tensor:
     error = x0_from_velocity(x_t, v, sigma) - x0
-    scale = error.detach().double().abs().flatten(1).mean(1).clamp(min=1e-5)
-    return (torch.square(error) / _like(scale, error)).flatten(1).mean(1)
+    scale = sample_mean(error.detach().double().abs(), free).clamp(min=1e-5)
+    return sample_mean(torch.square(error) / _like(scale, error), free)

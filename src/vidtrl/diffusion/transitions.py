@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .flow import _like, noise_from_velocity, x0_from_velocity
+from .flow import _like, noise_from_velocity, sample_mean, x0_from_velocity
 
 
 TRANSITIONS = ("flow-sde", "flow-sde-truncated", "wan-linear", "dance", "cps", "ma-sde", "ddim", "ode")
@@ -46,6 +46,8 @@ class Transition:
         mean: (B, ...) float32.
         std: (B,) float32, total standard deviation of the step (sqrt(D) is included); 0 is a deterministic step.
         gaussian: False for a kernel whose authors use -mean((x' - mean)^2) as its log-probability (CPS).
+        free: broadcastable to the mean, 1 for coordinates that take the step and 0 for those that a condition fixes,
+            which nothing is drawn for and which no average counts (`held`). All take it by default.
 
     Example:
         >>> step = flow_sde(torch.ones(2, 3), torch.zeros(2, 3), sigma=0.9, sigma_next=0.8)
@@ -57,10 +59,18 @@ class Transition:
     mean: Tensor
     std: Tensor
     gaussian: bool = True
+    free: Tensor | None = None
 
     def __getitem__(self, index: Tensor) -> "Transition":
         """Rows `index` (LongTensor): several children of one parent share its mean and its single forward pass."""
-        return Transition(self.mean[index], self.std[index], self.gaussian)
+        free = self.free if self.free is None or len(self.free) == 1 else self.free[index]
+        return Transition(self.mean[index], self.std[index], self.gaussian, free)
+
+    def held(self, sample: Tensor, free: Tensor | None) -> "Transition":
+        """The same step with all coordinates kept at `sample` (B, ...), where it started, but the `free` ones."""
+        if free is None:
+            return self
+        return Transition(torch.where(free > 0, self.mean, sample.float()), self.std, self.gaussian, free)
 
     def sample(self, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
         """Draw mean + std * noise.
@@ -75,22 +85,23 @@ class Transition:
         if noise is None:
             device = self.mean.device if generator is None else generator.device
             noise = torch.randn(self.mean.shape, generator=generator, device=device)
-        return self.mean + _like(self.std, self.mean) * noise.to(self.mean.device, torch.float32)
+        noise = noise.to(self.mean.device, torch.float32)
+        return self.mean + _like(self.std, self.mean) * (noise if self.free is None else noise * self.free)
 
     def log_prob(self, next_sample: Tensor) -> Tensor:
-        """Log-density of `next_sample` (B, ...), averaged over the non-batch dimensions; (B,) float32.
+        """Log-density of `next_sample` (B, ...), averaged over the (free) non-batch dimensions; (B,) float32.
 
         The average, not the sum: a sum over a video's 10^6 coordinates overflows the ratio of two policies. A step with
         std 0 has no density (the result is not finite).
         """
-        squared = _mean(torch.square(next_sample.float() - self.mean))
+        squared = sample_mean(torch.square(next_sample.float() - self.mean), self.free)
         if not self.gaussian:
             return -squared
         return -squared / (2 * self.std**2) - torch.log(self.std) - 0.5 * math.log(2 * math.pi)
 
     def kl(self, other: "Transition") -> Tensor:
         """KL(self || other) = mean((mean - other.mean)^2) / (2 std^2) per coordinate, for equal stds; (B,) float32."""
-        return _mean(torch.square(self.mean - other.mean)) / (2 * self.std**2)
+        return sample_mean(torch.square(self.mean - other.mean), self.free) / (2 * self.std**2)
 
 
 def ode(sample: Tensor, velocity: Tensor, sigma: float | Tensor, sigma_next: float | Tensor) -> Transition:
@@ -408,10 +419,6 @@ def timestep_weight(
         slope = (1 - sigma_next) * sigma - (1 - sigma) * torch.sqrt((sigma_next**2 - std**2).clamp(min=0))
         return 1 / (2 * slope * std) if name == "cps" else std / slope
     raise ValueError(f"timestep_weighting must be 'none', 'tempflow', 'guard', 'longcat' or 'tgr', got {weighting!r}.")
-
-
-def _mean(x: Tensor) -> Tensor:
-    return x.flatten(1).mean(1)
 
 
 def _times(sigma: float | Tensor, sigma_next: float | Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:

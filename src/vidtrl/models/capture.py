@@ -6,6 +6,7 @@ part of them that does not depend on the noisy latents: text, masks, rotary embe
 
 import contextlib
 import inspect
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -65,12 +66,13 @@ def bind_call(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def capture(pipe, denoisers: dict[str, nn.Module], **call: Any) -> dict[str, Any]:
-    """Run `pipe(**call)` up to its first denoiser call.
+def capture(pipe, denoisers: dict[str, nn.Module], skip: int = 0, **call: Any) -> dict[str, Any]:
+    """Run `pipe(**call)` up to its first denoiser call, or a later one.
 
     Args:
         pipe: a diffusers pipeline.
         denoisers: the modules to watch, by component name.
+        skip: how many calls to let pass, answered with their own input instead of by the denoiser.
         **call: arguments of the pipeline.
 
     Returns:
@@ -79,13 +81,18 @@ def capture(pipe, denoisers: dict[str, nn.Module], **call: Any) -> dict[str, Any
     """
     caught: dict[str, Any] = {}
 
+    calls = itertools.count()
+
     def hook(module, args, kwargs):
-        caught.update(map_tensors(bind_call(module, args, kwargs), lambda t: t.detach().clone()))
-        raise _Captured
+        if next(calls) == skip:
+            caught.update(map_tensors(bind_call(module, args, kwargs), lambda t: t.detach().clone()))
+            raise _Captured
 
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in denoisers.values()]
     try:
-        with quiet(pipe), contextlib.suppress(_Captured):
+        with quiet(pipe), contextlib.suppress(_Captured), contextlib.ExitStack() as stack:
+            for module in denoisers.values() if skip else ():
+                stack.enter_context(patched(module, forward=lambda hidden_states, **_: (hidden_states,)))
             pipe(**call)
     finally:
         for handle in handles:
@@ -214,6 +221,20 @@ class Condition:
                 )
         samples = [s for c in conditions for s in c.samples]
         return cls(samples, first.shared, first.latent_shape, first.dtype, first.timestep_dtype)
+
+    def free(self, device: torch.device | str | None = None) -> Tensor | None:
+        """Which latents are to be generated: (B, 1, f, h, w) of 1, and 0 where an image gives them; None for all."""
+        if not self.samples or "fixed_mask" not in self.samples[0]:
+            return None
+        return 1 - torch.cat([sample["fixed_mask"] for sample in self.samples]).to(device)
+
+    def with_fixed(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, f, h, w) with what an image gives in its place, at any noise level; the condition may be of one clip."""
+        free = self.free(latents.device)
+        if free is None:
+            return latents
+        given = torch.cat([sample["fixed_latents"] for sample in self.samples]).to(latents)
+        return torch.where(free > 0, latents, given)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Condition":
         """Move to `device`; tensors that had the denoiser's dtype change to `dtype`, others (masks, RoPE) keep theirs."""

@@ -5,6 +5,7 @@ canonical ones: layout, sign, prediction type, timestep, sigma grid, frame rule.
 checkpoint. To add a family, add a row and a tiny pipeline in tests/tiny_pipelines.py (docs/models.md).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,10 +36,15 @@ class Family:
         sparse_block: side, in tokens, of a block of its sparse attention ("nabla"); sizes must be whole blocks then.
         frames_argument: the pipeline's name for the number of frames.
         fps_argument: the pipeline's name for the frame rate; "" when the model knows no frame rate.
+        denoiser_config: values of the denoiser's configuration that this row is for, where one pipeline class has several.
         image: whether the pipeline needs an `image`.
+        fixed_frames: latent frames at the start that are the image's and not generated, where the timestep does not tell
+            (it does if it is 0 for their tokens).
+        dropped_frames: decoded frames at the start that the pipeline leaves out.
         guidance: the pipeline argument of classifier-free guidance; "guider" when it is a component.
         call: further pipeline arguments for capture.
         negative_call: pipeline arguments that make it encode a prompt the way it encodes negative ones.
+        negative_branch: negative prompts are encoded as in no other call: what the second branch of guidance gets.
         tie_to_timestep: denoiser arguments that must follow the timestep.
         unbatched: tensor arguments without a batch dimension that belong to a clip (they follow its text length).
         decoded_layout: what `vae.decode` returns, "BCFHW" or "BFCHW".
@@ -65,10 +71,14 @@ class Family:
     sparse_block: int = 1
     frames_argument: str = "num_frames"
     fps_argument: str = ""
+    denoiser_config: dict[str, Any] = field(default_factory=dict)
     image: bool = False
+    fixed_frames: int = 0
+    dropped_frames: int = 0
     guidance: str = "guidance_scale"
     call: dict[str, Any] = field(default_factory=dict)
     negative_call: dict[str, Any] = field(default_factory=dict)
+    negative_branch: bool = False
     tie_to_timestep: tuple[str, ...] = ()
     unbatched: tuple[str, ...] = ()
     decoded_layout: str = "BCFHW"
@@ -110,6 +120,28 @@ FAMILIES: tuple[Family, ...] = (
         image=True,
     ),
     Family("hunyuan-video", ("HunyuanVideoPipeline",), grid="uniform", pixel_multiple=16, guidance="true_cfg_scale"),
+    Family(
+        "hunyuan-video-i2v-concat",
+        ("HunyuanVideoImageToVideoPipeline",),
+        denoiser_config={"image_condition_type": "latent_concat"},
+        grid="uniform",
+        pixel_multiple=16,
+        image=True,
+        dropped_frames=4,
+        guidance="true_cfg_scale",
+        negative_branch=True,
+    ),
+    Family(
+        "hunyuan-video-i2v",
+        ("HunyuanVideoImageToVideoPipeline",),
+        denoiser_config={"image_condition_type": "token_replace"},
+        grid="uniform",
+        pixel_multiple=16,
+        image=True,
+        fixed_frames=1,
+        guidance="true_cfg_scale",
+        negative_branch=True,
+    ),
     Family("hunyuan-video-1.5", ("HunyuanVideo15Pipeline",), grid="uniform", guidance="guider", vae_batch=1),
     Family("cogvideox", ("CogVideoXPipeline",), layout="BFCHW", prediction="v_prediction"),
     Family("cogvideox-i2v", ("CogVideoXImageToVideoPipeline",), layout="BFCHW", prediction="v_prediction", image=True),
@@ -237,7 +269,6 @@ UNSUPPORTED: dict[str, str] = {
         (
             "ConsisIDPipeline",
             "HunyuanSkyreelsImageToVideoPipeline",
-            "HunyuanVideoImageToVideoPipeline",
             "MotifVideoImage2VideoPipeline",
         ),
         _NO_ROW,
@@ -249,15 +280,23 @@ UNSUPPORTED: dict[str, str] = {
 }
 
 
-def find_family(pipeline_class: str) -> Family:
+def find_family(pipeline_class: str, denoiser_config: Mapping[str, Any] | None = None) -> Family:
     """The row for a pipeline class name.
 
+    Args:
+        pipeline_class: its name.
+        denoiser_config: decides between several rows of a class; by default its first one is taken.
+
     Raises:
-        ValueError: the class is unknown or refused; the message has the reason.
+        ValueError: the class is unknown or refused, or no row is for this denoiser; the message has the reason.
     """
-    for family in FAMILIES:
-        if pipeline_class in family.pipelines:
+    rows = [family for family in FAMILIES if pipeline_class in family.pipelines]
+    for family in rows:
+        if denoiser_config is None or all(denoiser_config.get(k) == v for k, v in family.denoiser_config.items()):
             return family
+    if rows:
+        known = " or ".join(str(family.denoiser_config) for family in rows)
+        raise ValueError(f"{pipeline_class} is supported with a denoiser that is configured with {known}.")
     if pipeline_class in UNSUPPORTED:
         raise ValueError(f"{pipeline_class} cannot be trained: {UNSUPPORTED[pipeline_class]}")
     supported = ", ".join(sorted(name for family in FAMILIES for name in family.pipelines))

@@ -3,11 +3,13 @@
 import contextlib
 import difflib
 import inspect
+import itertools
 import math
 import os
 from collections.abc import Iterator
 from typing import Any
 
+import PIL.Image
 import torch
 from diffusers import ClassifierFreeGuidance, DiffusionPipeline
 from torch import Tensor, nn
@@ -52,12 +54,15 @@ class VideoModel:
     """
 
     def __init__(self, pipe: DiffusionPipeline, family: Family | None = None):
-        family = find_family(type(pipe).__name__) if family is None else family
+        components = pipe.components
+        if family is None:
+            denoiser = components.get("transformer") or components.get("transformer_2")
+            family = find_family(type(pipe).__name__, None if denoiser is None else denoiser.config)
         self.pipe, self.family = pipe, family
         self._source: dict[str, Any] | None = None
         self._offloaded: dict[str, nn.Module | None] = {}
         self._guiders: dict[float, ClassifierFreeGuidance] = {}
-        components = pipe.components
+        self._encoded: tuple[Any, list] = (None, [])  # the last image, and what the VAE said of it
         self.denoisers = {n: components[n] for n in ("transformer", "transformer_2") if components.get(n) is not None}
         if not self.denoisers:
             raise ValueError(
@@ -216,13 +221,13 @@ class VideoModel:
             ValueError: an invalid size (the message says the nearest valid one), an unknown pipeline argument, or an
                 image that is missing or not wanted.
         """
-        latent_shape = self.latent_shape(num_frames, height, width)
+        row, latent_shape = self.family, self.latent_shape(num_frames, height, width)
         prompts = prompt if isinstance(prompt, list) else [prompt]
         images = image if isinstance(image, list) else [image] * len(prompts)
         if not prompts or len(images) != len(prompts):
             raise ValueError(f"Got {len(prompts)} prompts and {len(images)} images; pass one image per prompt.")
-        if self.family.image != (images[0] is not None):
-            need = "needs an image per prompt" if self.family.image else "takes no image"
+        if any(row.image != (picture is not None) for picture in images):
+            need = "needs an image per prompt" if row.image else "takes no image"
             raise ValueError(f"{type(self.pipe).__name__} {need}.")
         call = self.call_arguments(height, width, num_frames, fps, negative, pipeline_kwargs)
         # only the first step is reached
@@ -234,10 +239,34 @@ class VideoModel:
             single = dict(call, prompt=text) if text is not None else dict(call)
             if picture is not None:
                 single["image"] = picture
-            with self.guidance(1.0) as off:
-                caught = capture(self.pipe, self.denoisers, **off, **single)
+            branch = negative and row.negative_branch and text is not None
+            if branch:
+                single |= {"prompt": "", "negative_prompt": text}
+            with self.guidance(2.0 if branch else 1.0) as scale, self._encoding_once(picture, latent_shape):
+                caught = capture(self.pipe, self.denoisers, skip=int(branch), **scale, **single)
             conditions.append(self._to_condition(caught, latent_shape))
         return Condition.cat(conditions)
+
+    @contextlib.contextmanager
+    def _encoding_once(self, image: Any, latent_shape: tuple[int, ...]) -> Iterator[None]:
+        """Inside, the VAE does not encode an image again that it has just encoded: all conditions of a sample share it."""
+        if not isinstance(image, PIL.Image.Image):
+            yield
+            return
+        vae, calls = self._vae(), itertools.count()
+        encode, state = vae.encode, (image.mode, image.size, image.tobytes(), latent_shape, vae.device, vae.dtype)
+        if self._encoded[0] != state:
+            self._encoded = state, []
+
+        def once(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            number, answers = next(calls), self._encoded[1]
+            if number == len(answers):
+                answers.append((x.shape, encode(x, *args, **kwargs)))
+            assert answers[number][0] == x.shape, f"{tuple(x.shape)} instead of {tuple(answers[number][0])}"
+            return answers[number][1]
+
+        with patched(vae, encode=once):
+            yield
 
     def call_arguments(
         self,
@@ -320,7 +349,11 @@ class VideoModel:
             sample["timestep"] = (timestep > 0).float()
             if bool((timestep == 0).any()):
                 sample["fixed_mask"] = layout.token_mask(timestep == 0, self._patch, latent_shape).float()
-                sample["fixed_latents"] = self.unpack(hidden.narrow(dim, 0, used), latent_shape).float()
+        if row.fixed_frames:
+            sample["fixed_mask"] = torch.zeros(1, 1, *latent_shape[1:], device=hidden.device)
+            sample["fixed_mask"][:, :, : row.fixed_frames] = 1
+        if "fixed_mask" in sample:
+            sample["fixed_latents"] = self.unpack(hidden.narrow(dim, 0, used), latent_shape).float()
         dtype = next(iter(self.denoisers.values())).dtype
         return Condition([sample], shared, tuple(latent_shape), dtype, timestep.dtype)
 
@@ -361,7 +394,7 @@ class VideoModel:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, chunk_size: int | None = None) -> list[Tensor]:
-        """Canonical latents (B, C, f, h, w) -> B videos (F, C, H, W), float32 in [0, 1].
+        """Canonical latents (B, C, f, h, w) -> B videos (F, C, H, W), float32 in [0, 1], as long as the pipeline's.
 
         Args:
             latents: clean canonical latents.
@@ -376,6 +409,7 @@ class VideoModel:
             extra = (z.new_zeros(len(z)),) if vae.config.get("timestep_conditioning") else ()
             pixels = vae.decode(z, *extra, return_dict=False)[0].float()
             pixels = pixels.transpose(1, 2) if self.family.decoded_layout == "BCFHW" else pixels
+            pixels = pixels[:, self.family.dropped_frames :]
             videos.extend(((pixels - low) / (high - low)).clamp(0, 1).unbind())
         return videos
 
@@ -569,6 +603,7 @@ class VideoModel:
         A model loaded from a path forgets them and reloads them later; a pipeline that was passed in keeps them on the
         CPU.
         """
+        self._encoded = (None, [])
         for name, component in self.pipe.components.items():
             if isinstance(component, nn.Module) and name not in self.denoisers and name not in keep:
                 passed_in = self._source is None

@@ -10,7 +10,7 @@ from ..diffusion.flow import dpm_solver_step, x0_from_velocity
 from ..diffusion.step_schedules import ODE, Plan
 from ..diffusion.transitions import Transition
 from ..models import Condition, VideoModel
-from .sampling import guided_velocity
+from .sampling import guidance_at, guided_velocity
 
 
 @dataclass
@@ -79,7 +79,7 @@ def rollout(
     sigmas: Tensor,
     transition: Callable[[Tensor, Tensor, float, float], Transition],
     draw: Callable[..., Tensor],
-    guidance_scale: float = 1.0,
+    guidance_scale: float | dict[str, float] = 1.0,
     batch_size: int | None = None,
     batch_guidance: bool = True,
     antithetic: bool = False,
@@ -102,7 +102,7 @@ def rollout(
         sigmas (`Tensor`): (T + 1,) the sampler's grid.
         transition (`Callable`): (x, velocity, sigma, sigma_next) -> `Transition` of a stochastic step.
         draw (`Callable`): (group, *key) -> unit noise (C, f, h, w) for a key of ints; equal keys give equal noise.
-        guidance_scale (`float`): Classifier-free guidance; 1 is none.
+        guidance_scale (`float` or `dict[str, float]`): Classifier-free guidance, of two experts also by name; 1 is none.
         batch_size (`int`, *optional*): Latents per denoiser call; default all.
         batch_guidance (`bool`): Both branches of guidance in one call.
         antithetic (`bool`): Branches 2j and 2j + 1 of a node draw opposite noise.
@@ -126,10 +126,14 @@ def rollout(
         start = nodes[group][0]
         for together in _split(mine, (lambda m, start=start: start[m]) if share else (lambda m: m)):
             noise = draw(group, 0, int(plan.seed[together[0]])).to(model.device, torch.float32)
-            paths.append(_Path(group, together, noise * model.noise_scale(grid[0])))
+            x = condition[group].with_fixed((noise * model.noise_scale(grid[0]))[None])[
+                0
+            ]  # and every step leaves that
+            paths.append(_Path(group, together, x))
 
     decisions, num_evaluations = [], 0
     for i in range(len(grid) - 1):
+        scale = guidance_at(model, grid[i], guidance_scale)
         now = [path for path in paths if path.position == i]
         paths = [path for path in paths if path.position != i]
         kept = [keep_graph and any(branches[p.group][i][m] != ODE for m in p.members) for p in now]
@@ -144,9 +148,9 @@ def rollout(
                         model, torch.stack([path.x for path in part]), grid[i],
                         condition[[path.group for path in part]],
                         negative_condition[[path.group for path in part]] if several else negative_condition,
-                        guidance_scale, batched=batch_guidance, denoiser=denoiser,
+                        scale, batched=batch_guidance, denoiser=denoiser,
                     ).unbind()  # fmt: skip
-                num_evaluations += len(part) * (1 if guidance_scale == 1.0 else 2)
+                num_evaluations += len(part) * (1 if scale == 1.0 else 2)
                 for path, v in zip(part, velocities, strict=True):
                     branch, target = branches[path.group][i], targets[path.group][i]
                     for together in _split(path.members, lambda m, branch=branch: branch[m] != ODE):
@@ -168,9 +172,10 @@ def rollout(
                         j = target[together[0]]
                         assert all(target[m] == j for m in together), "the children of one decision step to one sigma"
                         step = transition(path.x[None], v.detach()[None], grid[i], grid[j])
+                        step = step.held(path.x[None], condition[path.group].free(path.x.device))
                         step_of_each = step[torch.zeros(len(children), dtype=torch.long, device=step.mean.device)]
                         following = step_of_each.sample(noise=torch.stack(noise).to(model.device, torch.float32))
-                        following = following.to(storage_dtype).float()
+                        following = condition[path.group].with_fixed(following.to(storage_dtype).float())
                         decisions.append(
                             Decision(
                                 group=path.group,

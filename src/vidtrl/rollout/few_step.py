@@ -48,7 +48,7 @@ def few_step_rollout(
     """
     assert sampler in ("renoise", "ode"), sampler
     last = len(sigmas) - 1 if exit_step is None else exit_step
-    x = noise.float() * model.noise_scale(float(sigmas[0]))
+    x = condition.with_fixed(noise.float() * model.noise_scale(float(sigmas[0])))
     for i in range(last + 1):
         sigma = float(sigmas[i])
         with torch.set_grad_enabled(grad and i == last):
@@ -57,5 +57,5 @@ def few_step_rollout(
         if i == last:
             break
         e = draw(i) if sampler == "renoise" else flow.noise_from_velocity(x, velocity, sigma)
-        x = flow.add_noise(x0, e, float(sigmas[i + 1]))
+        x = condition.with_fixed(flow.add_noise(x0, e, float(sigmas[i + 1])))
     return x0

@@ -15,7 +15,7 @@ def sample(
     condition: Condition,
     negative_condition: Condition | None = None,
     *,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | dict[str, float] = 1.0,
     num_inference_steps: int,
     generator: torch.Generator | list[torch.Generator] | None = None,
     latents: Tensor | None = None,
@@ -33,7 +33,8 @@ def sample(
         condition: what to generate, B clips.
         negative_condition: the unconditional branch (`model.condition("", ..., negative=True)`), of 1 or B clips;
             needed when `guidance_scale` is not 1.
-        guidance_scale: classifier-free guidance; 1 turns it off.
+        guidance_scale: classifier-free guidance; 1 turns it off. With two experts also a dict by expert name (the
+            pipeline's `guidance_scale` and `guidance_scale_2`).
         num_inference_steps: number of denoiser evaluations (times two under guidance).
         generator: one generator, or one per clip; without it the global random state is used.
         latents: starting noise of unit variance (B, C, f, h, w) instead of drawing it.
@@ -48,10 +49,6 @@ def sample(
         >>> condition = model.condition("a red circle moving right", height=64, width=64, num_frames=17)
         >>> video = model.decode(sample(model, condition, num_inference_steps=20))[0]
     """
-    if guidance_scale != 1.0 and negative_condition is None:
-        raise ValueError(
-            "guidance_scale other than 1 needs negative_condition; pass model.condition('', ..., negative=True)."
-        )
     batch, shape = len(condition), tuple(latent_shape or condition.latent_shape)
     if latents is None:
         latents = draw_noise(batch, shape, generator).to(model.device)
@@ -61,15 +58,19 @@ def sample(
     if negative_condition is not None:
         negative_condition = negative_condition.to(model.device)
     sigmas = model.sigmas(num_inference_steps, shape).tolist()
-    x = latents.float() * model.noise_scale(sigmas[0])
+    x = condition.with_fixed(latents.float() * model.noise_scale(sigmas[0]))
     for i in range(num_inference_steps):
-        velocity = guided_velocity(
-            model, x, sigmas[i], condition, negative_condition, guidance_scale, denoiser=denoiser
-        )
+        scale = guidance_at(model, sigmas[i], guidance_scale)
+        velocity = guided_velocity(model, x, sigmas[i], condition, negative_condition, scale, denoiser=denoiser)
         x = x + (sigmas[i + 1] - sigmas[i]) * velocity
         if callback is not None:
             callback(i, x)
     return x
+
+
+def guidance_at(model: VideoModel, sigma: float, guidance_scale: float | dict[str, float]) -> float:
+    """The scale at a noise level, where each expert may have its own."""
+    return guidance_scale[model.expert(sigma)] if isinstance(guidance_scale, dict) else guidance_scale
 
 
 def guided_velocity(
@@ -78,7 +79,7 @@ def guided_velocity(
     sigma: float | Tensor,
     condition: Condition,
     negative_condition: Condition | None,
-    guidance_scale: float,
+    guidance_scale: float | dict[str, float],
     *,
     batched: bool = False,
     denoiser: nn.Module | dict[str, nn.Module] | None = None,
@@ -91,10 +92,12 @@ def guided_velocity(
         sigma: float or (B,).
         condition: of B clips.
         negative_condition: of 1 or B clips.
-        guidance_scale: classifier-free guidance in its standard form.
+        guidance_scale: classifier-free guidance in its standard form; with two experts also a dict by expert name.
         batched: both branches in one denoiser call of 2B, instead of two calls of B with half the memory.
         denoiser: as in `VideoModel.velocity`.
     """
+    if isinstance(guidance_scale, dict):
+        guidance_scale = guidance_at(model, float(torch.as_tensor(sigma).flatten()[0]), guidance_scale)
     if guidance_scale == 1.0:
         return model.velocity(x, sigma, condition, denoiser=denoiser)
     if negative_condition is None:
