@@ -19,6 +19,8 @@ COMMANDS = {
     "benchmark": (".benchmark", "time a model or a few-step student, and what an optimisation changes"),
     "compare": (".compare", "judge two folders of videos side by side in the browser, without knowing which is which"),
     "reward-server": (".reward_server", "serve reward functions over HTTP, so that a judge has a device of its own"),
+    "push": (".push", "upload a trained model, an enhancer or a dataset of videos to the Hub"),
+    "pull": (".pull", "download a model or a dataset from the Hub"),
     "export": (".export", "write a trained model in the form that other tools load, such as ComfyUI"),
     "demo": (".demo", "post-train the shipped toy model on a laptop, SFT then GRPO, and show before and after"),
     "env": (".env", "print versions and hardware, for bug reports"),
