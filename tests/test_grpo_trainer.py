@@ -701,7 +701,7 @@ def test_evaluation_and_validation_of_image_models(tmp_path):
 @pytest.mark.parametrize("expert", ["high", "low"])
 @pytest.mark.parametrize("recipe", ["flow-grpo", "awm"])
 def test_only_the_expert_in_training_is_credited(tmp_path, expert, recipe):
-    config = dict(expert=expert, sde_range=[0.0, 1.0], num_inference_steps=6, max_steps=2)
+    config = dict(experts=expert, sde_range=[0.0, 1.0], num_inference_steps=6, max_steps=2)
     trainer = make_trainer(tmp_path, cls=Watching, **family_setup("wan22", recipe=recipe, **config))
     other = trainer.video_model.denoisers["transformer" if expert == "low" else "transformer_2"]
     before, start = digest(dict(other.named_parameters())), trained_weights(trainer)
@@ -778,7 +778,7 @@ BAD = {
     "multiple of the 3 granularities": dict(recipe="g2rpo", num_generations=4),
     "reuse_rollout keeps a graph": dict(recipe="flow-grpo", reuse_rollout=True, lora=False),
     "is not valid for": dict(height=17),
-    "has two denoisers|needs a model with two denoisers": dict(expert="low"),
+    "has two denoisers|needs a model with two denoisers": dict(experts="low"),
     "no merged step": dict(recipe="e-grpo", sde_range=[0.25, 0.5], merge_threshold=1e9),
 }
 

@@ -241,7 +241,7 @@ def policies(tmp_path):
 
 def test_base_adapters_stay_under_every_role(policies):
     pipe = wan()[0]
-    load_base_adapters(pipe, "transformer", policies)
+    load_base_adapters(pipe, ["transformer"], policies)
     below = ("base_0", "base_1")
     setup = Setup(pipe, below)
     assert setup.roles.adapters("teacher") == below and setup.roles.adapters("fake") == (*below, "fake")

@@ -358,7 +358,7 @@ def test_wrong_types(clips, cache_dir, tmp_path):
         (dict(num_frames=8), "nearest .* 9"),
         (dict(height=20), "nearest size is height=16, width=16"),
         (dict(height=None, width=None, num_frames=None), "state the training shape"),
-        (dict(expert="low"), "needs a model with two denoisers"),
+        (dict(experts="low"), "needs a model with two denoisers"),
         (dict(pipeline_kwargs={"max_sequence_lenght": 3}), "did you mean 'max_sequence_length'"),
         (dict(lora=LoraConfig(r=4, target_modules=["to_qq"])), "'to_qq' matches no layer.*blocks.N.attn1.to_q"),
         (dict(lora=LoraConfig(r=4, target_modules=["to_q", "nothing"])), "'nothing' matches no layer"),
@@ -381,7 +381,7 @@ def test_bad_arguments_name_the_fix(clips, cache_dir, tmp_path, config, message)
         (dict(shift=-1.0), "shift"),
         (dict(caption_dropout=1.5), "caption_dropout"),
         (dict(ema_decay=1.0), "ema_decay"),
-        (dict(expert="middle"), "expert"),
+        (dict(experts="middle"), "experts"),
         (dict(height=-16), "height"),
         (dict(validation_steps=0), "validation_steps"),
         (dict(report_to=["mlflow"]), "trackio, wandb or tensorboard"),
@@ -428,7 +428,7 @@ def test_experts_train_where_they_are_used(clips, cache_dir, tmp_path, expert):
     pipe, _ = wan22()
     names = {"high": "transformer", "low": "transformer_2"}
     other = {"high": "transformer_2", "low": "transformer"}[expert]
-    trainer = make_trainer(tmp_path, clips, cache_dir, pipe=pipe, expert=expert, eval_clips=clips.select(range(2)))
+    trainer = make_trainer(tmp_path, clips, cache_dir, pipe=pipe, experts=expert, eval_clips=clips.select(range(2)))
     assert trainer.denoiser_name == names[expert]
     before = {name: p.clone() for name, p in getattr(pipe, other).named_parameters()}
     sigma = trainer.sample_sigma(list(range(200)), (16, 3, 2, 2))

@@ -8,9 +8,28 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..trainer.lora import ADAPTER_FILE, EXPERT_FILES, BaseAdapter
+
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+
+PEFT_LOADER = """\
+import json
+from huggingface_hub import hf_hub_download
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.functional import set_adapter
+from safetensors import safe_open
+
+def load_lora(model, path, name):  # diffusers has no loader for this model
+    with safe_open(path, framework="pt") as file:
+        config = json.loads(file.metadata()["lora_adapter_metadata"])
+        weights = {key.removeprefix("transformer."): file.get_tensor(key) for key in file.keys()}
+    config = LoraConfig(**{key.removeprefix("transformer."): value for key, value in config.items()})
+    inject_adapter_in_model(config, model, adapter_name=name)
+    set_peft_model_state_dict(model, weights, adapter_name=name)
+"""
 
 
 def build_model_card(
@@ -19,7 +38,7 @@ def build_model_card(
     model_name: str,
     base_model: str,
     pipeline_class: str,
-    denoiser_name: str,
+    denoiser_names: list[str],
     denoiser_class: str,
     adapter: dict | None,
     method: str,
@@ -32,7 +51,7 @@ def build_model_card(
     fps: float = 16,
     sample_videos: list[dict[str, str]] | None = None,
     license: str | None = None,
-    base_adapters: list[str] | None = None,
+    base_adapters: list[BaseAdapter] | None = None,
     usage: str | None = None,
 ) -> ModelCard:
     """
@@ -42,7 +61,9 @@ def build_model_card(
         repo_id (`str`): Where the usage snippet loads the weights from: a Hub id or a local directory.
         model_name (`str`): Title.
         base_model (`str`): Hub id or path of the pipeline that was trained.
-        pipeline_class, denoiser_name, denoiser_class (`str`): As diffusers names them.
+        pipeline_class, denoiser_class (`str`): As diffusers names them.
+        denoiser_names (`list[str]`): The pipeline's components that were trained: `["transformer"]`, of two experts one or
+            both.
         adapter (`dict`, *optional*): Summary of the LoRA configuration; `None` if all weights were trained.
         method (`str`): `"SFT"`, `"GRPO"`, ...
         lora_loader (`str`, *optional*, defaults to `"pipeline"`): Which object of diffusers loads an adapter:
@@ -55,7 +76,7 @@ def build_model_card(
         fps (`float`, *optional*, defaults to `16`): Frame rate of the written video.
         sample_videos (`list[dict]`, *optional*): `{"path": relative path, "prompt": text}`.
         license (`str`, *optional*): Licence of the weights.
-        base_adapters (`list[str]`, *optional*): Hub ids or paths of adapters that stay on under this one.
+        base_adapters (`list[BaseAdapter]`, *optional*): Adapters that stay on under this one.
         usage (`str`, *optional*): Python code that samples the model, in place of the stock pipeline's call.
 
     Returns:
@@ -69,7 +90,7 @@ def build_model_card(
     ...     model_name="wan-sft",
     ...     base_model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     ...     pipeline_class="WanPipeline",
-    ...     denoiser_name="transformer",
+    ...     denoiser_names=["transformer"],
     ...     denoiser_class="WanTransformer3DModel",
     ...     adapter={"r": 32, "lora_alpha": 32},
     ...     method="SFT",
@@ -102,7 +123,7 @@ def build_model_card(
         base_model=base_model or "the base pipeline",
         on_hub=on_hub,
         pipeline_class=pipeline_class,
-        denoiser_name=denoiser_name,
+        denoiser_names=denoiser_names,
         denoiser_class=denoiser_class,
         adapter=adapter,
         method=method,
@@ -113,9 +134,52 @@ def build_model_card(
         generation=generation or {},
         fps=int(fps) if float(fps).is_integer() else fps,
         samples=samples,
-        base_adapters=base_adapters or [],
+        loading=load_adapters(repo_id, denoiser_names, lora_loader, base_adapters or []),
         usage=usage,
     )
+
+
+def load_adapters(source: str, denoiser_names: list[str], loader: str, base_adapters: list[BaseAdapter]) -> str:
+    """
+    Python code by which stock diffusers loads a run's adapters into `pipe`: one file, or one for each of two experts.
+
+    Args:
+        source (`str`): Hub id or directory.
+        denoiser_names (`list[str]`): What they are for.
+        loader (`str`): Which object of diffusers loads them; see [`build_model_card`]. `"none"` is written out with PEFT.
+        base_adapters (`list[BaseAdapter]`): Those that stay on under them.
+    """
+    names, lines = {denoiser: [] for denoiser in denoiser_names}, [PEFT_LOADER] if loader == "none" else []
+    trained = [
+        BaseAdapter(
+            source, denoiser, "trained" if base_adapters else "", EXPERT_FILES[denoiser] if len(names) > 1 else None
+        )
+        for denoiser in denoiser_names
+    ]
+    for one in [*base_adapters, *trained]:
+        names[one.denoiser].append(one.name)
+        if loader == "none":
+            file = one.weight_name or ADAPTER_FILE
+            local = json.dumps(os.path.join(one.source, file) if os.path.isdir(one.source) else one.source)
+            remote = f"hf_hub_download({json.dumps(one.source)}, {json.dumps(file)})"
+            path = local if os.path.exists(one.source) else remote
+            lines.append(f'load_lora(pipe.{one.denoiser}, {path}, "{one.name or "trained"}")')
+            continue
+        arguments = [json.dumps(one.source)]
+        if one.weight_name or loader != "pipeline":
+            arguments.append(f"weight_name={json.dumps(one.weight_name or ADAPTER_FILE)}")
+        if one.name:
+            arguments.append(f"adapter_name={json.dumps(one.name)}")
+        if loader == "pipeline":
+            second = ["load_into_transformer_2=True"] if one.denoiser == "transformer_2" else []
+            lines.append(f"pipe.load_lora_weights({', '.join(arguments + second)})")
+        else:
+            lines.append(f'pipe.{one.denoiser}.load_lora_adapter({", ".join(arguments)}, prefix="transformer")')
+    if base_adapters and loader == "none":
+        lines += [f"set_adapter(pipe.{d}, {json.dumps(n)})  # one upon the other" for d, n in names.items()]
+    elif base_adapters:
+        lines += [f"pipe.{d}.set_adapters({json.dumps(n)})  # one upon the other" for d, n in names.items()]
+    return "\n".join(lines)
 
 
 def training_settings(args: "TrainingArguments", method: str, steps: int) -> dict[str, Any]:

@@ -21,9 +21,15 @@ class VideoTrainingConfig(TrainingArguments):
             Keyword arguments for `DiffusionPipeline.from_pretrained` when `model` is an id or a path, such as
             `{"revision": "...", "dtype": "bfloat16"}`. Without `dtype`, a LoRA run with `bf16=True` loads
             the frozen weights in bfloat16 and everything else loads in float32.
-        expert (`str`, *optional*):
-            For models with two denoisers (Wan 2.2 A14B): which one to train, `"high"` (the noisy half, the default)
-            or `"low"`. Sigma is then drawn from that expert's range only. `None` for every other model.
+        experts (`str`, *optional*):
+            For models with two denoisers (Wan 2.2 A14B): which to train, `"both"` (the default), `"high"` (the noisy half)
+            or `"low"`. With one, sigma is drawn from its range only. `None` for every other model.
+        offload_experts (`bool`, *optional*, defaults to `True`):
+            Of two experts, keep only the one in use on the device; the frozen weights of the other wait on the CPU. Set it to
+            `False` where both fit: a swap moves an expert's weights out and the other's in.
+        guidance_scale_2 (`float`, *optional*):
+            Guidance scale of the low-noise expert of a two-expert model, in rollouts, evaluation and validation videos.
+            `None`: that of the other one, as in the pipeline.
         base_adapters (`list[str]`, *optional*):
             LoRA adapters (directories or Hub ids) of earlier stages. They stay frozen under the adapter that is trained,
             in the policy and in its reference alike; nothing is merged. Needs `peft_config`.
@@ -121,12 +127,18 @@ class VideoTrainingConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of `DiffusionPipeline.from_pretrained`, also as JSON."}
     )
-    expert: str | None = field(
+    experts: str | None = field(
         default=None,
         metadata={
-            "help": "Which denoiser of a two-expert model to train; its sigma range is used. Default: high.",
-            "choices": ["high", "low"],
+            "help": "Which denoisers of a two-expert model to train. Default: both.",
+            "choices": ["both", "high", "low"],
         },
+    )
+    offload_experts: bool = field(
+        default=True, metadata={"help": "Of two experts, keep only the one in use on the device."}
+    )
+    guidance_scale_2: float | None = field(
+        default=None, metadata={"help": "Guidance scale of the low-noise expert. Default: that of the other one."}
     )
     base_adapters: list[str] | None = field(
         default=None, metadata={"help": "LoRA adapters of earlier stages, frozen under the one that is trained."}
@@ -205,8 +217,8 @@ class VideoTrainingConfig(TrainingArguments):
 
         if self.on_nan not in ("raise", "skip"):
             raise ValueError(f"on_nan must be 'raise' or 'skip', not {self.on_nan!r}")
-        if self.expert not in (None, "high", "low"):
-            raise ValueError(f"expert must be 'high' or 'low' (or unset), not {self.expert!r}")
+        if self.experts not in (None, "both", "high", "low"):
+            raise ValueError(f"experts must be 'both', 'high' or 'low' (or unset), not {self.experts!r}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie between 0 and 1, such as 0.999, not {self.ema_decay}")
         if self.ema_update_steps < 1:

@@ -41,8 +41,10 @@ from .checkpoint import (
     write_manifest,
 )
 from .ema import WeightAverage
+from .experts import EXPERTS, Experts, ExpertSwap, by_expert
 from .lora import (
     ADAPTER_FILE,
+    EXPERT_FILES,
     active_adapters,
     adapter_summary,
     add_lora,
@@ -64,7 +66,8 @@ class VideoTrainer(Trainer):
     """
     Base of all vidtrl trainers. Not used by itself.
 
-    The pipeline is `self.video_model.pipe`; `self.model` is its denoiser, wrapped by PEFT when an adapter is trained.
+    The pipeline is `self.video_model.pipe`; `self.model` is its denoiser, wrapped by PEFT when an adapter is trained (of a
+    two-expert model [`Experts`], which holds both).
     PEFT injects in place, so the pipeline always samples with the present training weights and nothing is copied.
 
     Args:
@@ -123,28 +126,33 @@ class VideoTrainer(Trainer):
 
         self.video_model = self._load_model(model, quantization_config, peft_config)
         pipe, denoisers = self.video_model.pipe, self.video_model.denoisers
-        if args.expert is not None and len(denoisers) == 1:
-            raise ValueError(f"expert={args.expert!r} needs a model with two denoisers; {type(pipe).__name__} has one")
-        self.denoiser_name = "transformer_2" if args.expert == "low" else next(iter(denoisers))
-        # where this denoiser is used: the noisy expert above the boundary, the other one below
+        for name in ("experts", "guidance_scale_2"):
+            if getattr(args, name) is not None and len(denoisers) == 1:
+                raise ValueError(
+                    f"{name}={getattr(args, name)!r} needs a model with two denoisers; {type(pipe).__name__} has one"
+                )
+        # what is trained: the denoiser, or of a two-expert model both or one
+        self.denoiser_names = [EXPERTS[args.experts]] if args.experts in EXPERTS else list(denoisers)
+        self.denoiser_name = self.denoiser_names[0]
+        # where it is used: the noisy expert above the boundary, the other one below
         boundary = self.video_model.boundary
         self.sigma_range = (0.0, 1.0)
-        if boundary is not None:
-            self.sigma_range = (0.0, boundary) if args.expert == "low" else (boundary, 1.0)
-        denoiser = denoisers[self.denoiser_name]
-        if args.base_adapters:
-            load_base_adapters(pipe, self.denoiser_name, args.base_adapters)
-        below = active_adapters(denoiser)  # those of earlier stages, that stay under what is trained now
+        if args.experts in EXPERTS:
+            self.sigma_range = (0.0, boundary) if args.experts == "low" else (boundary, 1.0)
+        self.swap = ExpertSwap(denoisers, args.device, args.offload_experts)
+        self.base_adapters = load_base_adapters(pipe, self.denoiser_names, args.base_adapters or [])
+        # those of earlier stages, that stay under what is trained now
+        below = tuple(dict.fromkeys(a for name in self.denoiser_names for a in active_adapters(denoisers[name])))
         if below and peft_config is None:
             raise ValueError(
                 f"the model carries the adapter{'s' if len(below) > 1 else ''} {', '.join(below)}: pass a peft_config to train "
                 "another one on top, or merge with pipe.fuse_lora() and pipe.unload_lora_weights() to train all weights"
             )
         self.model_identity = model_identity(
-            type(pipe).__name__, str(pipe.name_or_path or ""), self.denoiser_name, denoiser
+            type(pipe).__name__, str(pipe.name_or_path or ""), {name: denoisers[name] for name in self.denoiser_names}
         )
         check_output_dir(args.output_dir, self.model_identity)
-        pipe.to(args.device)
+        self._place()
         if args.check_model:
             kwargs = dict(args.pipeline_kwargs or {})
             if args.max_sequence_length is not None:
@@ -155,27 +163,34 @@ class VideoTrainer(Trainer):
             if isinstance(module, nn.Module):
                 module.requires_grad_(False)
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset)
-        for name, module in denoisers.items():
-            if name != self.denoiser_name:
-                module.to("cpu")  # the expert that is not trained is only needed for sampling
+        self.swap.use(self.denoiser_name)  # an expert that is not trained is only needed for sampling
         set_seed(args.seed)  # whatever the preparation drew, the adapter starts the same
         self.policies = Roles()
+        each = {name: denoisers[name] for name in self.denoiser_names}
         if peft_config is not None:
-            trained = add_lora(denoiser, peft_config)
+            each = {name: add_lora(module, peft_config) for name, module in each.items()}
+        # DDP wants all that it wraps on the device, until the first step
+        alone = self.swap.enabled and args.world_size == 1
+        trained = next(iter(each.values())) if len(each) == 1 else Experts(each, placed=alone)
+        if peft_config is not None:
             self.policies.add(self._role, trained, (*below, "default"), trained=True)
             self.policies.add("base", trained, below)
         else:
-            trained = denoiser
             self.policies.add(self._role, trained, trained=True)
-        # diffusers' method has another name and signature than the one that Trainer.train() would call
-        if args.gradient_checkpointing:
-            denoiser.enable_gradient_checkpointing(checkpoint_under(*self.forward_states()))
-        if args.compile_repeated_blocks:
-            for stack in repeated_blocks(denoiser).values():
-                for block in stack:
-                    block.compile()
+        self.swap.keep(self.policies.parameters(self._role).values())
+        if not alone and len(each) > 1:
+            self.swap.use_all()
+        for module in (denoisers[name] for name in each):
+            # diffusers' method has another name and signature than the one that Trainer.train() would call
+            if args.gradient_checkpointing:
+                module.enable_gradient_checkpointing(checkpoint_under(*self.forward_states()))
+            if args.compile_repeated_blocks:
+                for stack in repeated_blocks(module).values():
+                    for block in stack:
+                        block.compile()
         if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False  # the Trainer has this default for its own models only
+            # the Trainer has the default False for its own models only; a micro-batch uses one expert of two
+            args.ddp_find_unused_parameters = len(each) > 1
         if args.ddp_broadcast_buffers is None:
             # denoisers' buffers are constants, and broadcasting them would make processes wait for each other in every
             # forward, of which they may need different numbers
@@ -190,6 +205,11 @@ class VideoTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if len(each) > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "FSDP and DeepSpeed shard one denoiser, called alike by all processes: set experts='high' or 'low' and train the "
+                "other one in a second run, or train both with DDP (`accelerate launch` without them)"
+            )
         self.num_skipped_batches = 0
         self._skipped_since_log = 0.0  # in optimizer steps
         self._last_log: tuple[float, int] | None = None
@@ -267,8 +287,22 @@ class VideoTrainer(Trainer):
         """The pipeline with the weights in training. Text encoder and VAE are loaded again if they left memory."""
         self.video_model.restore_encoders()
         if not self.is_fsdp_enabled:
-            self.video_model.pipe.to(self.args.device)
+            self._place()
         return self.video_model.pipe
+
+    def _place(self) -> None:
+        """All of the pipeline to the device, but for the expert that is not in use."""
+        if not self.swap.enabled:
+            self.video_model.pipe.to(self.args.device)
+            return
+        for name, module in self.video_model.pipe.components.items():
+            if isinstance(module, nn.Module) and name not in self.video_model.denoisers:
+                module.to(self.args.device)
+        self.swap.use(self.swap.current or self.denoiser_name)
+
+    def by_expert(self, model: nn.Module) -> dict[str, Any]:
+        """What `VideoModel.velocity` takes as `denoiser`, for the model that the `Trainer` holds."""
+        return by_expert(model, self.denoiser_names)
 
     def updates(self, step: int) -> int:
         """How many of a run's first `step` optimizer steps change the weights that `ema_decay` averages."""
@@ -300,9 +334,6 @@ class VideoTrainer(Trainer):
                 self.model.train(training)
                 if offloaded:
                     self.video_model.offload_encoders(self.kept_encoders)
-                for name, module in self.video_model.denoisers.items():
-                    if name != self.denoiser_name:
-                        module.to("cpu")
 
     # ---- Validation videos ----
 
@@ -357,6 +388,7 @@ class VideoTrainer(Trainer):
             ("max_sequence_length", args.max_sequence_length),
             ("num_inference_steps", args.validation_num_inference_steps),
             ("guidance_scale", args.validation_guidance_scale),
+            ("guidance_scale_2", args.guidance_scale_2),
         ):
             if value is not None:
                 call[name] = value
@@ -453,7 +485,9 @@ class VideoTrainer(Trainer):
         self.num_skipped_batches += 1
         self._skipped_since_log += 1 / self.args.gradient_accumulation_steps
         # connected to every trainable weight, so that all processes still reduce the same gradients
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        # (of the expert that was called: DDP has noted that the other one has no part in this)
+        called = getattr(self._unwrapped(), self._unwrapped().last) if len(self.denoiser_names) > 1 else self.model
+        trained = [p for p in called.parameters() if p.requires_grad]
         trained = trained or list(self.policies.parameters(self.policies.current).values())
         return sum((p * 0).sum() for p in trained)
 
@@ -504,9 +538,20 @@ class VideoTrainer(Trainer):
     def _unwrapped(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
-    def _adapter_summary(self) -> dict | None:
+    def _trained_denoisers(self) -> dict[str, nn.Module]:
         model = self._unwrapped()
-        return adapter_summary(model) if isinstance(model, PeftModel) else None
+        return dict(model.named_children()) if isinstance(model, Experts) else {self.denoiser_name: model}
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained, not all weights."""
+        return isinstance(self._trained_denoisers()[self.denoiser_name], PeftModel)
+
+    def _adapter_file(self, name: str) -> str:
+        return EXPERT_FILES[name] if len(self.denoiser_names) > 1 else ADAPTER_FILE
+
+    def _adapter_summary(self) -> dict | None:
+        return adapter_summary(self._trained_denoisers()[self.denoiser_name]) if self.has_adapter else None
 
     def data_summary(self) -> dict | None:
         """What two runs' training data must share for one to resume the other, as JSON; `None` compares nothing."""
@@ -521,12 +566,14 @@ class VideoTrainer(Trainer):
             return
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        model = self._unwrapped()
+        two_experts = len(self.video_model.denoisers) > 1
         with self.averaged_weights():
-            if isinstance(model, PeftModel):
-                save_adapter(model, directory, state_dict)
-            else:
-                staging = directory / f"_{self.denoiser_name}.tmp"
+            for name, model in self._trained_denoisers().items():
+                if isinstance(model, PeftModel):
+                    owner = name if two_experts else None
+                    save_adapter(model, directory, state_dict, file=self._adapter_file(name), denoiser=owner)
+                    continue
+                staging = directory / f"_{name}.tmp"
                 shutil.rmtree(staging, ignore_errors=True)
                 if state_dict is None:
                     model.save_pretrained(staging)
@@ -534,7 +581,7 @@ class VideoTrainer(Trainer):
                     model.save_config(staging)
                     weights = {name: value.cpu().contiguous() for name, value in state_dict.items()}
                     save_file(weights, staging / "diffusion_pytorch_model.safetensors")
-                publish(staging, directory / self.denoiser_name)
+                publish(staging, directory / name)
         (directory / "training_args.json").write_text(self.args.to_json_string())
         self.save_extras(directory)
 
@@ -552,12 +599,12 @@ class VideoTrainer(Trainer):
         return {f"{role}.{name}": t for role, weights in self.roles.items() for name, t in weights.average.items()}
 
     def _load_weights(self, directory: str | os.PathLike) -> None:
-        model = self._unwrapped()
-        if isinstance(model, PeftModel):
-            load_adapter(model, directory)
-        else:
-            saved = type(model).from_pretrained(directory, subfolder=self.denoiser_name, dtype=model.dtype)
-            model.load_state_dict(saved.state_dict())
+        for name, model in self._trained_denoisers().items():
+            if isinstance(model, PeftModel):
+                load_adapter(model, directory, self._adapter_file(name))
+            else:
+                saved = type(model).from_pretrained(directory, subfolder=name, dtype=model.dtype)
+                model.load_state_dict(saved.state_dict())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # The Trainer's own knows only the file names of transformers and PEFT
@@ -667,7 +714,7 @@ class VideoTrainer(Trainer):
             model_name=model_name or os.path.basename(repo_id.rstrip("/")),
             base_model=self.model_identity["name_or_path"],
             pipeline_class=self.model_identity["pipeline"],
-            denoiser_name=self.denoiser_name,
+            denoiser_names=self.denoiser_names,
             denoiser_class=self.model_identity["denoiser_class"],
             adapter=self._adapter_summary(),
             method=self._name,
@@ -679,7 +726,7 @@ class VideoTrainer(Trainer):
             generation=self._card_generation(),
             fps=self.validation_fps(),
             sample_videos=last_validation_videos(args.output_dir),
-            base_adapters=args.base_adapters,
+            base_adapters=self.base_adapters,
             usage=self.card_usage(),
         )
         card.save(os.path.join(args.output_dir, "README.md"))
@@ -694,18 +741,18 @@ class VideoTrainer(Trainer):
         generation = dict(zip(names, self.validation_shape(), strict=True))
         generation["num_inference_steps"] = args.validation_num_inference_steps
         generation["guidance_scale"] = args.validation_guidance_scale
+        generation["guidance_scale_2"] = args.guidance_scale_2
         generation["max_sequence_length"] = args.max_sequence_length
         return {name: value for name, value in generation.items() if value is not None}
 
     def _collect_for_push(self, checkpoint_folder: str) -> None:
         """Copy a checkpoint's weights to `output_dir`, beside a card that describes them."""
         output_dir = Path(self.args.output_dir)
-        if Path(checkpoint_folder, ADAPTER_FILE).is_file():
-            shutil.copy(Path(checkpoint_folder, ADAPTER_FILE), output_dir)
-        else:
-            shutil.copytree(
-                Path(checkpoint_folder, self.denoiser_name), output_dir / self.denoiser_name, dirs_exist_ok=True
-            )
+        for name in self.denoiser_names:
+            if self.has_adapter:
+                shutil.copy(Path(checkpoint_folder, self._adapter_file(name)), output_dir)
+            else:
+                shutil.copytree(Path(checkpoint_folder, name), output_dir / name, dirs_exist_ok=True)
         shutil.copy(Path(checkpoint_folder, "training_args.json"), output_dir)
         self.save_extras(output_dir)
         self.create_model_card()

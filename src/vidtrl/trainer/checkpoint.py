@@ -32,17 +32,18 @@ def weights_fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def model_identity(pipeline: str, name_or_path: str, denoiser_name: str, denoiser: nn.Module) -> dict:
+def model_identity(pipeline: str, name_or_path: str, denoisers: dict[str, nn.Module]) -> dict:
     """What makes two runs train the same base model, as plain JSON values. Call it before any weight changes."""
+    denoiser = next(iter(denoisers.values()))
     config = {name: value for name, value in dict(denoiser.config).items() if not name.startswith("_")}
     config.pop("use_cache", None)  # transformers.Trainer writes this into the configuration of every model
     return {
         "pipeline": pipeline,
         "name_or_path": name_or_path,
-        "denoiser": denoiser_name,
+        "denoiser": ", ".join(denoisers),
         "denoiser_class": type(denoiser).__name__,
         "denoiser_config": json.loads(json.dumps(config, default=str)),
-        "base_weights": weights_fingerprint(denoiser),
+        "base_weights": ", ".join(weights_fingerprint(module) for module in denoisers.values()),
     }
 
 

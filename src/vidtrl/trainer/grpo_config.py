@@ -322,6 +322,11 @@ class VideoGRPOConfig(VideoTrainingConfig):
                 "its prompt"
             )
         forward = self.loss_type in ("nft", "awm")
+        if self.guidance_scale == 1 and self.guidance_scale_2 not in (None, 1):
+            raise ValueError(
+                f"guidance_scale=1 turns guidance off in the pipeline, guidance_scale_2={self.guidance_scale_2} included: set "
+                "guidance_scale above 1, or leave guidance_scale_2 out"
+            )
         needs = {
             "window": "window_mode",
             "merged": "merge_threshold",

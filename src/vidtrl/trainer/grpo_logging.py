@@ -54,25 +54,36 @@ class GenerationMetrics:
         kl: Tensor,
         weight: Tensor,
         advantages: Tensor,
+        expert: str | None = None,
     ) -> None:
-        """Of a micro-batch: its items' steps and velocities; ratio, divergence, weight and advantage of each child."""
+        """
+        Of a micro-batch: its items' steps and velocities; ratio, divergence, weight and advantage of each child.
+
+        With an expert (where two are trained), also each for itself, as `transformer/ratio/mean`.
+        """
         counted, values = weight > 0, self.values
         ratio, a = ratio.detach()[counted], advantages[counted]
         high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-        values["ratio/mean"].append(ratio.mean())
+        own = [""] if expert is None else ["", f"{expert}/"]
+        for prefix in own:
+            values[f"{prefix}ratio/mean"].append(ratio.mean())
         if args.loss_type in ("clipped", "awm"):
             low_clipped, high_clipped = (ratio < 1 - args.epsilon) & (a < 0), (ratio > 1 + high) & (a > 0)
             for name, clipped in (("low_mean low_min", low_clipped), ("high_mean high_max", high_clipped)):
                 for key in name.split():
                     values[f"clip_ratio/{key}"].append(clipped.float().mean())
-            values["clip_ratio/region_mean"].append((low_clipped | high_clipped).float().mean())
+            for prefix in own:
+                values[f"{prefix}clip_ratio/region_mean"].append((low_clipped | high_clipped).float().mean())
         if args.beta > 0:
-            values["kl"].append(kl.detach()[counted].mean())
+            for prefix in own:
+                values[f"{prefix}kl"].append(kl.detach()[counted].mean())
         if steps[0] is not None and velocity.requires_grad:
 
             def norms(gradient: Tensor) -> None:
                 for step, norm in zip(steps, gradient.float().flatten(1).norm(dim=1), strict=True):
                     values[f"grad_norm/step_{step}"].append(norm)
+                    if expert is not None:
+                        values[f"{expert}/grad_norm"].append(norm)
 
             velocity.register_hook(norms)
 

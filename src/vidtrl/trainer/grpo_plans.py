@@ -22,7 +22,7 @@ def candidate_steps(args: VideoGRPOConfig, own_steps: list[int]) -> list[int]:
     mine = [i for i in steps if i in own_steps]
     if not mine:
         raise ValueError(
-            f"no step of sde_range={args.sde_range} belongs to the expert {args.expert or 'high'!r}; widen it or train the "
+            f"no step of sde_range={args.sde_range} belongs to the expert {args.experts!r}; widen it or train the "
             "other expert"
         )
     return mine

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -81,6 +81,11 @@ class Item:
     def step(self) -> int | None:
         """Index of the sampling step."""
         return None if self.decision is None else self.decision.step
+
+    @property
+    def noise_level(self) -> float:
+        """The sigma at which it is trained."""
+        return self.sigma if self.decision is None else self.decision.sigma
 
 
 class VideoGRPOTrainer(VideoTrainer):
@@ -187,7 +192,7 @@ class VideoGRPOTrainer(VideoTrainer):
                     f"loss_type={args.loss_type!r} keeps an old policy, which does not work with sharded weights"
                 )
             self.roles["old"] = WeightAverage(self.model, decay=0.5)
-        if args.beta > 0 and (args.sync_ref_model or not isinstance(self._unwrapped(), PeftModel)):
+        if args.beta > 0 and (args.sync_ref_model or not self.has_adapter):
             if args.reuse_rollout:
                 raise ValueError(
                     "reuse_rollout keeps a graph over the weights, which a reference of its own (full fine-tuning or "
@@ -208,6 +213,16 @@ class VideoGRPOTrainer(VideoTrainer):
     def prepare_datasets(self, train_dataset, eval_dataset):
         args, model = self.args, self.video_model
         self.fill_shape()
+        if args.reuse_rollout and len(model.denoisers) > 1 and (len(self.denoiser_names) > 1 or self.swap.enabled):
+            raise ValueError(
+                "reuse_rollout keeps graphs across calls of both experts: set reuse_rollout=False, or train one expert "
+                "(experts='high' or 'low') and keep both on the device (offload_experts=False)"
+            )
+        # of both experts, where the low-noise one has its own
+        self.guidance_scale: float | dict[str, float] = args.guidance_scale
+        if args.guidance_scale_2 is not None:
+            scales = (args.guidance_scale, args.guidance_scale_2)
+            self.guidance_scale = dict(zip(model.denoisers, scales, strict=True))
         if args.guidance_scale != 1.0 and model.pipe.components[self.denoiser_name].config.get("guidance_embeds"):
             raise ValueError(
                 f"guidance is distilled into this {type(model.pipe).__name__}: set guidance_scale=1.0, or every step "
@@ -215,9 +230,9 @@ class VideoGRPOTrainer(VideoTrainer):
             )
         self.latent_shape = model.latent_shape(args.num_frames, args.height, args.width)
         self.grid = model.sigmas(args.num_inference_steps, self.latent_shape)
-        # the steps at which the denoiser in training is used: all, unless it is one of two experts
+        # the steps at which what is trained is used: all, unless it is one of two experts
         self._own_steps = [
-            i for i, sigma in enumerate(self.grid[:-1].tolist()) if model.expert(sigma) == self.denoiser_name
+            i for i, sigma in enumerate(self.grid[:-1].tolist()) if model.expert(sigma) in self.denoiser_names
         ]
         check_schedule(args, self.grid, self._own_steps, self.transition)
         self.negative_condition = None  # of all prompts; with an image condition each has its own
@@ -368,7 +383,6 @@ class VideoGRPOTrainer(VideoTrainer):
         latents, decisions, videos, handles, evaluations = [], [], [], [], 0
         batch_size = args.rollout_batch_size or args.per_device_train_batch_size
         policy = self.roles["old"].swapped_in() if args.loss_type == "nft" else contextlib.nullcontext()
-        self._place_experts(args.device)
         with policy:
             size = len(groups) if args.reuse_rollout else batch_size
             for start in range(0, len(groups), size):
@@ -383,14 +397,14 @@ class VideoGRPOTrainer(VideoTrainer):
                         sigmas=self.grid,
                         transition=self.transition,
                         draw=lambda i, *key, start=start: draw(groups[start + i], *key),
-                        guidance_scale=args.guidance_scale,
+                        guidance_scale=self.guidance_scale,
                         batch_size=batch_size,
                         batch_guidance=args.batch_guidance,
                         antithetic=args.antithetic,
                         tail_solver=args.tail_solver,
                         share=args.share_prefix,
                         keep_graph=args.reuse_rollout,
-                        denoiser={self.denoiser_name: self.model_wrapped if args.reuse_rollout else self.model},
+                        denoiser=self.by_expert(self.model_wrapped if args.reuse_rollout else self.model),
                     )
                 decoded = model.decode(torch.cat(result.latents), chunk_size=args.vae_batch_size)
                 rollout_time += time.perf_counter() - began
@@ -402,7 +416,6 @@ class VideoGRPOTrainer(VideoTrainer):
                 decisions += result.decisions
                 rows = [inputs[i][1] for i in part for _ in members[groups[i]]]
                 handles.append(self._submit(self.rewards, rows, decoded))
-        self._place_experts("cpu")
 
         local, extra = [], defaultdict(list)
         for handle in handles:
@@ -449,12 +462,6 @@ class VideoGRPOTrainer(VideoTrainer):
             columns={name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "image")},
             trainer_state=self.state,
         )
-
-    def _place_experts(self, device: torch.device | str) -> None:
-        """A rollout needs both denoisers of a two-expert model; otherwise only the trained one is on the device."""
-        for name, module in self.video_model.denoisers.items():
-            if name != self.denoiser_name:
-                module.to(device)
 
     # ---- Advantage ----
 
@@ -548,8 +555,8 @@ class VideoGRPOTrainer(VideoTrainer):
         return set(rng.sample(steps, max(1, round(self.args.train_fraction * len(steps)))))
 
     def _training_times(self) -> tuple[float, float]:
-        """The training times u between which the denoiser in training is used: all, unless it is one of two experts."""
-        if self.video_model.boundary is None:
+        """The training times u between which what is trained is used: all, unless it is one of two experts."""
+        if len(self.denoiser_names) == len(self.video_model.denoisers):
             return 0.0, 1.0
         u = torch.arange(1000) / 1000
         sigmas = self.video_model.training_sigma(u, self.latent_shape).tolist()
@@ -573,7 +580,7 @@ class VideoGRPOTrainer(VideoTrainer):
                     items.append(Item(group, worth, one, one, x0=x0, noise=noise, sigma=sigma))
         several_updates = args.steps_per_generation * args.num_iterations > args.gradient_accumulation_steps
         batch_size = args.rollout_batch_size or args.per_device_train_batch_size
-        parts = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+        parts = self._batches(items, batch_size)
         inputs = [
             (
                 torch.stack([flow.add_noise(item.x0, item.noise, item.sigma) for item in part]),
@@ -613,7 +620,7 @@ class VideoGRPOTrainer(VideoTrainer):
         bounds = [round(i * len(useful) / number) for i in range(number + 1)]
         slices = [useful[low:high] for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
         size = 10**9 if args.reuse_rollout else args.per_device_train_batch_size
-        batches = [[part[i : i + size] for i in range(0, len(part), size)] for part in slices]
+        batches = [self._batches(part, size) for part in slices]
 
         per_update = args.gradient_accumulation_steps
         counts = torch.zeros(2, number, dtype=torch.float64)
@@ -636,6 +643,15 @@ class VideoGRPOTrainer(VideoTrainer):
         idle = [[Item(items[0].group, items[0].advantages, nothing, nothing, **_content(items[0]))]]
         return [part + idle * (longest[i] - len(part)) for i, part in enumerate(batches)]
 
+    def _batches(self, items: list[Item], size: int) -> list[list[Item]]:
+        """Micro-batches of at most so many items, each of one expert."""
+        return [
+            mine[i : i + size]
+            for expert in self.denoiser_names
+            for mine in [[item for item in items if self.video_model.expert(item.noise_level) == expert]]
+            for i in range(0, len(mine), size)
+        ]
+
     # ---- Loss ----
 
     def _negatives(self, groups: list[int]) -> Condition | None:
@@ -646,14 +662,14 @@ class VideoGRPOTrainer(VideoTrainer):
 
     def _velocity(self, model: nn.Module, x: Tensor, sigma: Tensor, groups: list[int]) -> Tensor:
         """Guided as in the rollout; one call per noise level where the family cannot mix them."""
-        args, mixed = self.args, self.video_model.per_sample_sigma and self.video_model.boundary is None
+        mixed = self.video_model.per_sample_sigma and self.video_model.boundary is None
         parts = [torch.arange(len(x))] if mixed else [(sigma == s).nonzero().flatten() for s in sigma.unique()]
         velocities = [
             guided_velocity(
                 self.video_model, x[rows], sigma[rows] if mixed else float(sigma[rows[0]]),
                 Condition.cat([self._group_conditions[groups[i]] for i in rows.tolist()]),
-                self._negatives([groups[i] for i in rows.tolist()]), args.guidance_scale, batched=args.batch_guidance,
-                denoiser={self.denoiser_name: model},
+                self._negatives([groups[i] for i in rows.tolist()]), self.guidance_scale,
+                batched=self.args.batch_guidance, denoiser=self.by_expert(model),
             )
             for rows in parts
         ]  # fmt: skip
@@ -674,7 +690,7 @@ class VideoGRPOTrainer(VideoTrainer):
         self, model: nn.Module, inputs: list[Item], return_outputs: bool = False, num_items_in_batch=None
     ):
         args, device = self.args, self.args.device
-        sigma = torch.tensor([item.sigma if item.decision is None else item.decision.sigma for item in inputs])
+        sigma = torch.tensor([item.noise_level for item in inputs])
         groups = [item.group for item in inputs]
         advantages = torch.cat([item.advantages for item in inputs]).to(device)
         counts = torch.tensor([len(item.advantages) for item in inputs])
@@ -703,7 +719,8 @@ class VideoGRPOTrainer(VideoTrainer):
         total = (weight * loss).sum() + args.beta * (kl_weight * kl).sum()
         if bool((weight > 0).any()):
             self._last_ratio_deviation = float((ratio.detach()[weight > 0] - 1).abs().max())
-            self.metrics.policy(args, [item.step for item in inputs], velocity, ratio, kl, weight, advantages)
+            expert = self.video_model.expert(inputs[0].noise_level) if len(self.denoiser_names) > 1 else None
+            self.metrics.policy(args, [item.step for item in inputs], velocity, ratio, kl, weight, advantages, expert)
         return (total, {"ratio": ratio, "kl": kl}) if return_outputs else total
 
     def _decision_loss(self, inputs, velocity, v_ref, x, sigma, advantages, child) -> tuple[Tensor, Tensor, Tensor]:
@@ -819,7 +836,6 @@ class VideoGRPOTrainer(VideoTrainer):
         padded = -(-total // args.world_size) * args.world_size  # equally many everywhere; surplus ones do not count
         mine = [i % total for i in range(args.process_index, padded, args.world_size)]
         rows = [dataset[i // args.num_generations_eval] for i in mine]
-        self._place_experts(args.device)
         with self.video_model.guidance(args.guidance_scale) as guidance:
             if args.guidance_scale != 1.0 and args.negative_prompt:
                 guidance = {**guidance, "negative_prompt": args.negative_prompt}
@@ -832,7 +848,6 @@ class VideoGRPOTrainer(VideoTrainer):
                 num_inference_steps=args.eval_num_inference_steps,
                 **guidance,
             )
-        self._place_experts("cpu")
         handle = self._submit(self.eval_rewards, rows, [video.to(args.device) for video in videos])
         local = self.eval_rewards.collect(handle).to(args.device)
         gathered = self.accelerator.gather(local).view(args.world_size, len(mine), -1).transpose(0, 1)

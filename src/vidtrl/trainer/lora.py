@@ -4,11 +4,21 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Sequence
 
 from diffusers import DiffusionPipeline
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LoraBaseMixin
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -16,6 +26,11 @@ from torch import nn
 
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+# of a run that trains both experts of a model; diffusers loads the second with `load_into_transformer_2=True`
+EXPERT_FILES = {
+    "transformer": "pytorch_lora_weights_high_noise.safetensors",
+    "transformer_2": "pytorch_lora_weights_low_noise.safetensors",
+}
 PREFIX = "transformer."  # diffusers prefixes the weights of every video denoiser with this, also the second expert's
 
 
@@ -124,36 +139,153 @@ def active_adapters(denoiser: nn.Module) -> tuple[str, ...]:
     return tuple(names)
 
 
-def load_base_adapters(pipe: DiffusionPipeline, denoiser_name: str, adapters: list[str]) -> None:
+@dataclasses.dataclass(frozen=True)
+class BaseAdapter:
+    """
+    An adapter of an earlier stage, as it was loaded.
+
+    Args:
+        source (`str`): Directory, file or Hub id.
+        denoiser (`str`): Into which denoiser.
+        name (`str`): Its name there.
+        weight_name (`str`, *optional*): The file in `source`, where it holds one for each expert.
+    """
+
+    source: str
+    denoiser: str
+    name: str
+    weight_name: str | None = None
+
+
+def load_base_adapters(pipe: DiffusionPipeline, denoisers: Sequence[str], adapters: list[str]) -> list[BaseAdapter]:
     """
     Load adapters with diffusers' own loader and switch all of them on, beside those that are on already.
 
+    Where a model has two experts, a directory with a file for each gives each its own; a single file belongs to the expert
+    that it was trained for, or that its name says (`high_noise`, `low_noise`).
+
     Args:
         pipe (`DiffusionPipeline`): The pipeline.
-        denoiser_name (`str`): Which of its denoisers they are for.
+        denoisers (`Sequence[str]`): Which of its denoisers they are for.
         adapters (`list[str]`): Directories, files or Hub ids.
 
+    Returns:
+        `list[BaseAdapter]`: What was loaded into what.
+
     Raises:
-        `ValueError`: If an adapter cannot be found, or the pipeline's class has no LoRA loader.
+        `ValueError`: If an adapter cannot be found, or is not for these denoisers.
     """
-    denoiser = getattr(pipe, denoiser_name)
-    if not isinstance(pipe, LoraBaseMixin):
-        raise ValueError(f"{type(pipe).__name__} has no LoRA loader in diffusers: merge the adapters into the weights")
-    kwargs = {"load_into_transformer_2": True} if denoiser_name == "transformer_2" else {}
-    names = list(active_adapters(denoiser))
+    loaded, two_experts = [], pipe.components.get("transformer_2") is not None
+    names = {denoiser: list(active_adapters(getattr(pipe, denoiser))) for denoiser in denoisers}
     for i, adapter in enumerate(adapters):
         if adapter.startswith((".", "/", "~")) and not os.path.exists(os.path.expanduser(adapter)):
             raise ValueError(f"base_adapters: there is no adapter at {adapter!r}")
         try:
-            pipe.load_lora_weights(os.path.expanduser(adapter), adapter_name=f"base_{i}", **kwargs)
+            files = _files_of_experts(adapter, denoisers) if two_experts else {denoisers[0]: None}
+            for denoiser, file in files.items():
+                load_lora(pipe, denoiser, os.path.expanduser(adapter), f"base_{i}", file)
+                names[denoiser].append(f"base_{i}")
+                loaded.append(BaseAdapter(adapter, denoiser, f"base_{i}", file))
         except OSError as error:
             raise ValueError(f"base_adapters: cannot load {adapter!r}: {error}") from error
-        names.append(f"base_{i}")
-    denoiser.set_adapters(names)
+    for denoiser, active in names.items():
+        for layer in getattr(pipe, denoiser).modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.set_adapter(active)
+    return loaded
+
+
+def load_lora(
+    pipe: DiffusionPipeline, denoiser_name: str, source: str, adapter_name: str, weight_name: str | None = None
+) -> None:
+    """
+    Load an adapter with the pipeline's LoRA loader; without one (HunyuanVideo 1.5) with the denoiser's, else with PEFT.
+
+    Args:
+        pipe (`DiffusionPipeline`): The pipeline.
+        denoiser_name (`str`): Into which of its denoisers.
+        source (`str`): Directory, file or Hub id.
+        adapter_name (`str`): Its name there.
+        weight_name (`str`, *optional*): Which file of a directory or repository.
+    """
+    denoiser = getattr(pipe, denoiser_name)
+    loader = lora_loader(pipe, denoiser)
+    file = {} if weight_name is None else {"weight_name": weight_name}
+    if loader == "pipeline":
+        second = {"load_into_transformer_2": True} if denoiser_name == "transformer_2" else {}
+        pipe.load_lora_weights(source, adapter_name=adapter_name, **file, **second)
+        return
+    path = source if os.path.isfile(source) else find_file(source, weight_name or ADAPTER_FILE)
+    if path is None:
+        raise FileNotFoundError(f"there is no {weight_name or ADAPTER_FILE} in {source!r}")
+    if loader == "denoiser":
+        denoiser.load_lora_adapter(path, prefix=PREFIX.removesuffix("."), adapter_name=adapter_name)
+        return
+    with safe_open(path, framework="pt") as opened:
+        config = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    if not config:
+        raise ValueError(
+            f"{source!r} does not say its rank and scale, and {type(pipe).__name__} has no LoRA loader in diffusers that would "
+            "guess them: merge the adapter into the weights"
+        )
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    config = {name: value for key, value in config.items() if (name := key.removeprefix(PREFIX)) in known}
+    inject_adapter_in_model(LoraConfig(**config), denoiser, adapter_name=adapter_name)
+    weights = {name.removeprefix(PREFIX): value for name, value in load_file(path).items()}
+    set_peft_model_state_dict(denoiser, weights, adapter_name=adapter_name)
+
+
+def find_file(source: str, name: str) -> str | None:
+    """The path of a file in a directory or (downloaded) of a Hub repository; `None` if it has none of that name."""
+    if os.path.isdir(source):
+        path = os.path.join(source, name)
+        return path if os.path.isfile(path) else None
+    try:
+        return hf_hub_download(source, name)
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        return None
+
+
+def _files_of_experts(adapter: str, denoisers: Sequence[str]) -> dict[str, str | None]:
+    """{denoiser: file in `adapter`}; `None` for the only file."""
+    source = os.path.expanduser(adapter)
+    if not os.path.isfile(source):
+        found = {d: name for d, name in EXPERT_FILES.items() if find_file(source, name)}
+        if missing := [EXPERT_FILES[d] for d in denoisers if found and d not in found]:
+            raise ValueError(f"base_adapters: there is no {missing[0]} in {adapter!r}")
+        if found:
+            return {d: found[d] for d in denoisers}
+    owner = _expert_of_file(source if os.path.isfile(source) else find_file(source, ADAPTER_FILE))
+    if owner is None and len(denoisers) > 1:
+        raise ValueError(
+            f"base_adapters: {adapter!r} does not say which of the two experts it is for: pass a file whose name has "
+            "high_noise or low_noise in it, or train one expert (experts='high' or 'low')"
+        )
+    if owner is not None and owner not in denoisers:
+        raise ValueError(
+            f"base_adapters: {adapter!r} is for the {owner}, which this run does not train: set experts='both', or leave "
+            "it out"
+        )
+    return {owner or denoisers[0]: None}
+
+
+def _expert_of_file(path: str | None) -> str | None:
+    if path is None:
+        return None
+    for name, denoiser in (("high_noise", "transformer"), ("low_noise", "transformer_2")):
+        if name in os.path.basename(path):
+            return denoiser
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("denoiser")
 
 
 def save_adapter(
-    model: PeftModel, directory: str | os.PathLike, state_dict: dict | None = None, name: str = "default"
+    model: PeftModel,
+    directory: str | os.PathLike,
+    state_dict: dict | None = None,
+    name: str = "default",
+    file: str = ADAPTER_FILE,
+    denoiser: str | None = None,
 ) -> None:
     """
     Write the adapter as stock diffusers loads it, with its configuration in the file's metadata.
@@ -166,6 +298,8 @@ def save_adapter(
         directory (`str` or `PathLike`): Where `pytorch_lora_weights.safetensors` goes; must exist.
         state_dict (`dict`, *optional*): Weights that FSDP or ZeRO-3 gathered; default: the model's own.
         name (`str`, *optional*, defaults to `"default"`): Which of the model's adapters.
+        file (`str`, *optional*): The file's name, of [`EXPERT_FILES`] where both experts of a model are trained.
+        denoiser (`str`, *optional*): Which denoiser of a two-expert model it is for; noted in the file.
     """
     if state_dict is not None:
         state_dict = {name.removeprefix("base_model.model."): value for name, value in state_dict.items()}
@@ -173,22 +307,23 @@ def save_adapter(
     weights = {PREFIX + name: value.detach().cpu().contiguous() for name, value in weights.items()}
     config = model.peft_config[name].to_dict()
     metadata = {PREFIX + name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-    path = os.path.join(directory, ADAPTER_FILE)
+    path = os.path.join(directory, file)
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(metadata, indent=2, sort_keys=True)}
+    metadata |= {} if denoiser is None else {"denoiser": denoiser}
     save_file(weights, path + ".tmp", metadata=metadata)
     os.replace(path + ".tmp", path)  # a crash or a full disk leaves the file that was there
 
 
-def load_adapter(model: PeftModel, directory: str | os.PathLike) -> None:
+def load_adapter(model: PeftModel, directory: str | os.PathLike, file: str = ADAPTER_FILE) -> None:
     """
     Read back what [`save_adapter`] wrote, into the adapter `"default"` of the same shape.
 
     Raises:
         `ValueError`: If there is none, or its weights do not fit or would be scaled in another way.
     """
-    path = os.path.join(os.path.expanduser(directory), ADAPTER_FILE)
+    path = os.path.join(os.path.expanduser(directory), file)
     if not os.path.isfile(path):
-        raise ValueError(f"there is no {ADAPTER_FILE} in {os.fspath(directory)!r}")
+        raise ValueError(f"there is no {file} in {os.fspath(directory)!r}")
     with safe_open(path, framework="pt") as file:
         saved = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
     summary = adapter_summary(model)

@@ -247,19 +247,23 @@ class VideoSFTTrainer(ClipTrainer):
     # ---- Loss ----
 
     def sample_sigma(self, draws: list[int], latent_shape: tuple[int, int, int, int]) -> Tensor:
-        """One noise level per sample, (B,) float32, in the range of the expert in training; causal: per block, (B, blocks)."""
+        """
+        One noise level per sample, (B,) float32; causal: per block, (B, blocks).
+
+        Those of a batch lie in the range of one expert: the one in training, or of two the one that the first falls to.
+        """
         if self.causal is not None:
             blocks = latent_shape[1] // self.args.frames_per_block
             u = torch.stack([flow.sample_u(self.args.sigma_sampling, blocks, s) for s in generators(draws)])
             return self.video_model.training_sigma(u, latent_shape, self.args.shift).clamp(min=1e-4)
-        sigmas = []
+        sigmas, wanted = [], self.denoiser_names
         for source in generators(draws):
             sigma = None
             while sigma is None:  # rejection: an expert of two is trained where it is used
                 u = flow.sample_u(self.args.sigma_sampling, 1, source)
                 candidate = self.video_model.training_sigma(u, latent_shape, self.args.shift).clamp(min=1e-4)
-                if self.video_model.expert(candidate.item()) == self.denoiser_name:
-                    sigma = candidate
+                if (expert := self.video_model.expert(candidate.item())) in wanted:
+                    sigma, wanted = candidate, [expert]
             sigmas.append(sigma)
         sigma = torch.cat(sigmas)
         # a family whose denoiser cannot mix noise levels gets one per micro-batch
@@ -283,12 +287,12 @@ class VideoSFTTrainer(ClipTrainer):
     def velocity_error(
         self, model: nn.Module, x0: Tensor, noise: Tensor, sigma: float | Tensor, condition: Condition
     ) -> Tensor:
-        """Mean squared error of the velocity per clip, (B,); of a causal model per block, (B, blocks)."""
+        """Mean squared error of the velocity per clip over what is not given, (B,); of a causal model per block, (B, blocks)."""
         target = flow.velocity_target(x0, noise)
         if self.causal is None:
             x_sigma = flow.add_noise(x0, noise, sigma)
-            velocity = self.video_model.velocity(x_sigma, sigma, condition, denoiser=model)
-            return (velocity.float() - target).square().flatten(1).mean(1)
+            velocity = self.video_model.velocity(x_sigma, sigma, condition, denoiser=self.by_expert(model))
+            return flow.sample_mean((velocity.float() - target).square(), condition.free(x0.device))
         frames, length = x0.shape[2], self.args.frames_per_block
         self.causal.check_frames(frames, length)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x0.device).expand(len(x0), frames // length)
