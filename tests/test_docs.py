@@ -1,6 +1,8 @@
 """Every Python block of README and docs runs, page by page, with the big checkpoint replaced by the toy pipeline."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,20 @@ def test_links_point_at_files():
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if not target.startswith(("http", "data:")):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_paper_index_is_current_and_misses_none():
+    script = ROOT / "scripts" / "paper_index.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (ROOT / "docs" / "papers.md").read_text()
+    cited = {
+        paper
+        for path in (ROOT / "src" / "vidtrl").rglob("*.py")
+        for paper in re.findall(r"huggingface\.co/papers/(\d{4}\.\d{5})", path.read_text())
+    }
+    assert len(cited) > 40 and not {paper for paper in cited if f"[{paper}]" not in page}
+    # each thing of vidtrl that the page names is there
+    code = "\n".join(path.read_text() for path in (ROOT / "src" / "vidtrl").rglob("*.py"))
+    for name in re.findall(r"`(\w+_\w+)`", page.split("## Everything else")[1]):
+        assert re.search(rf"\b{name}\b", code), name
