@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 _EXPORTS = {
     "Chart": ".html",
     "Clip": ".html",
+    "Gallery": ".html",
     "Metric": ".html",
+    "Stage": ".html",
     "write_report": ".html",
     "Estimate": ".intervals",
     "mean_interval": ".intervals",
@@ -24,5 +26,5 @@ def __getattr__(name):
 
 
 if TYPE_CHECKING:
-    from .html import Chart, Clip, Metric, write_report
+    from .html import Chart, Clip, Gallery, Metric, Stage, write_report
     from .intervals import Estimate, mean_interval, paired_difference, share_interval

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from .intervals import Estimate
+
 
 WIDTH, HEIGHT = 360, 220  # SVG units; near the width of a phone, so that text keeps its size there
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 24, 36
@@ -65,7 +67,8 @@ def layout(series: Mapping[str, Sequence[tuple[float, float]]]) -> dict:
     for name, points in clean.items():
         path = " ".join(f"{'L' if i else 'M'}{to_x(x):.1f} {to_y(y):.1f}" for i, (x, y) in enumerate(points))
         last = (round(to_x(points[-1][0]), 1), round(to_y(points[-1][1]), 1)) if points else None
-        lines.append({"name": name, "path": path, "end": last})
+        text = f"{name}: {points[-1][1]:.4g} at {tick_label(points[-1][0])}" if points else name
+        lines.append({"name": name, "path": path, "end": last, "text": text})
     return {
         "width": WIDTH,
         "height": HEIGHT,
@@ -77,3 +80,24 @@ def layout(series: Mapping[str, Sequence[tuple[float, float]]]) -> dict:
         "y_ticks": [(round(to_y(y), 1), tick_label(y)) for y in y_ticks],
         "lines": lines,
     }
+
+
+def interval_bars(values: Mapping[str, Estimate], min_span: float = 0.0, width: int = 80) -> dict[str, dict]:
+    """
+    Estimates as bars on one scale, from the lowest to the highest end of their intervals.
+
+    Args:
+        values (`Mapping[str, Estimate]`): Name to estimate.
+        min_span (`float`, *optional*, defaults to `0.0`): The scale covers at least so much, so that what hardly differs looks
+            like it.
+        width (`int`, *optional*, defaults to `80`): In SVG units.
+
+    Returns:
+        `dict[str, dict]`: Name to the positions `value`, `low` and `high`; without what is not finite.
+    """
+    values = {name: e for name, e in values.items() if all(map(math.isfinite, e))}
+    low, high = min((e.low for e in values.values()), default=0.0), max((e.high for e in values.values()), default=0.0)
+    span = max(high - low, min_span) or 1.0
+    left = (low + high - span) / 2
+    at = lambda x: round(4 + (width - 8) * (x - left) / span, 1)  # noqa: E731
+    return {name: {"value": at(e.value), "low": at(e.low), "high": at(e.high)} for name, e in values.items()}
