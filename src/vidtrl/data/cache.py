@@ -19,6 +19,7 @@ opening every shard. So an interrupted run resumes where it was killed, and proc
 lock.
 """
 
+import copy
 import json
 import logging
 import os
@@ -37,7 +38,7 @@ from torch.utils.data import Dataset
 
 from .dataset import load_clip
 from .store import TEMPORARY, FileHashes, Store, is_content, read_entry, sha256_json, write_atomic
-from .video import load_image
+from .video import as_image, condition_image
 
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 2  # part of every key: a change in what is stored must change it
 WAIT_SECONDS = 10.0  # a network file system shows the files of other nodes with a delay
 TEMPORARY_SECONDS = 24 * 3600  # older temporary files were left by killed processes
-_LATENTS, _CONDITION, _EMPTY = range(3)  # the three keys of an item
+_LATENTS, _CONDITION, _OTHER = range(3)  # the three keys of an item; the last one's prompt is empty or negative
 
 
 class CachedDataset(Dataset):
@@ -66,7 +67,7 @@ class CachedDataset(Dataset):
     """
 
     def __init__(self, directory, shapes, samples: list[tuple], shard_of: Callable[[str], str], text_only: bool):
-        # samples: (sample_id, prompt, bucket, (latents key, condition key, key of the empty prompt's condition))
+        # samples: (sample_id, prompt, bucket, (latents key, condition key, key of the other prompt's condition))
         self.directory, self.shapes, self.text_only = directory, shapes, text_only
         self._shards = sorted({shard_of(key) for *_, keys in samples for key in keys if key})
         number = {name: i for i, name in enumerate(self._shards)}
@@ -118,9 +119,17 @@ class CachedDataset(Dataset):
         Raises:
             `ValueError`: If the cache was built with `empty_prompt=False`.
         """
-        if self._shard[index, _EMPTY] < 0:
+        if self._shard[index, _OTHER] < 0:
             raise ValueError("the cache was built without the empty prompt: use build_cache(empty_prompt=True)")
-        return self._read(index, _EMPTY)
+        return self._read(index, _OTHER)
+
+    def negatives(self) -> "CachedDataset":
+        """The same items with the conditions of `build_cache(negative_prompt=...)` in place of their own, without latents."""
+        assert (self._shard[:, _OTHER] >= 0).all(), "the cache was built without a negative prompt"
+        other = copy.copy(self)
+        other.text_only, order = True, [_LATENTS, _OTHER, _OTHER]
+        other._key, other._shard = self._key[:, order], self._shard[:, order]
+        return other
 
     def _read(self, index, which):
         path = os.path.join(self.directory, self._shards[self._shard[index, which]])
@@ -138,6 +147,7 @@ def build_cache(
     text_only: bool = False,
     condition_columns: tuple[str, ...] = ("prompt",),
     empty_prompt: bool = True,
+    negative_prompt: str | None = None,
     process_index: int = 0,
     num_processes: int = 1,
     wait: Callable[[], None] | None = None,
@@ -162,8 +172,11 @@ def build_cache(
             revision, dtype, maximum sequence length. `fingerprint["model"]` names the directory.
         text_only (`bool`, *optional*, defaults to `False`): Conditions without latents.
         condition_columns (`tuple[str, ...]`, *optional*, defaults to `("prompt",)`): What `condition` depends on. `"fps"` is
-            the clip's frame rate after resampling; `"image"` is the row's image, or the clip's first frame.
+            the clip's frame rate after resampling; `"image"` is the row's image, resized and cropped as its clip is, or the
+            clip's first frame where the row has none.
         empty_prompt (`bool`, *optional*, defaults to `True`): Also cache the condition of the empty prompt.
+        negative_prompt (`str`, *optional*): Also cache the condition of this prompt, as the other branch of guidance:
+            `condition` gets rows with it as `prompt` and `"negative": True`. Not with `empty_prompt`.
         process_index (`int`, *optional*, defaults to `0`): This process.
         num_processes (`int`, *optional*, defaults to `1`): Processes that share the work.
         wait (`Callable`, *optional*): Barrier over all processes; required if there are several.
@@ -184,9 +197,16 @@ def build_cache(
     if num_processes > 1 and wait is None:
         raise ValueError("several processes share the cache: pass wait, for example accelerator.wait_for_everyone")
     builder = _Builder(dataset, plan, encode, condition, Path(cache_dir), fingerprint)
-    builder.text_only, builder.columns, builder.empty_prompt = text_only, tuple(condition_columns), empty_prompt
+    if empty_prompt and negative_prompt is not None:
+        raise ValueError("a cache holds the empty prompt or a negative one beside each prompt: set empty_prompt=False")
+    builder.text_only, builder.columns, builder.negative_prompt = text_only, tuple(condition_columns), negative_prompt
+    builder.other_prompt = "" if empty_prompt else negative_prompt
     builder.rank, builder.world, builder.wait = process_index, num_processes, wait or (lambda: None)
     return builder.run()
+
+
+class _Other(str):
+    """A prompt that every row has beside its own."""
 
 
 class _Builder:
@@ -209,7 +229,9 @@ class _Builder:
         missing = [c for c in self.columns if c not in columns and c not in ("fps", "image")]
         if missing:
             raise ValueError(f"condition_columns names {', '.join(missing)}; the dataset has {', '.join(columns)}")
-        self.first_frame = "image" in self.columns and "image" not in columns
+        self.images, self.has_videos = "image" in self.columns, "video" in columns
+        if self.images and "image" not in columns and not self.has_videos:
+            raise ValueError(f"every row needs an image: the dataset has the columns {', '.join(columns)}")
         self.light = self.dataset  # rows without the videos, which may be megabytes of embedded bytes
         if isinstance(self.dataset, datasets.Dataset):
             wanted = {"prompt", "fps", *self.columns}
@@ -255,14 +277,14 @@ class _Builder:
     def _encode_conditions(self):
         todo = {}
         for position, sample in enumerate(self.plan.samples):
-            if self.first_frame and position % self.world != self.rank:
-                continue  # such conditions are each clip's own; their keys need the file's content
+            if self.images and position % self.world != self.rank:
+                continue  # a clip's conditions share its image; their keys need the file's content
             row = self.light[sample.index]
             for prompt in self._prompts(row):
                 key = self._condition_key(row, sample, prompt)
-                if not self.store.has(key) and (self.first_frame or int(key[:8], 16) % self.world == self.rank):
+                if not self.store.has(key) and (self.images or int(key[:8], 16) % self.world == self.rank):
                     todo.setdefault(key, (sample, prompt))
-        rows = self.dataset if self.first_frame else self.light
+        rows = self.dataset if self.images else self.light
         for key, (sample, prompt) in _progress(todo.items(), "Caching conditions", self.rank):
             self._add_condition(key, rows[sample.index], sample, prompt)
         self.store.flush()
@@ -290,7 +312,7 @@ class _Builder:
                 if position % self.world == self.rank and keys[_LATENTS] and not self.store.has(keys[_LATENTS]):
                     self._add_latents(keys[_LATENTS], row, sample)
                 for prompt, key in zip(self._prompts(row), keys[_CONDITION:], strict=False):
-                    owner = position if self.first_frame else int(key[:8], 16)
+                    owner = position if self.images else int(key[:8], 16)
                     if not self.store.has(key) and owner % self.world == self.rank:
                         self._add_condition(key, row, sample, prompt)
         return keyed
@@ -320,12 +342,15 @@ class _Builder:
         return all(self.store.has(key) for key in keys)
 
     def _prompts(self, row) -> list[str]:
-        return [row["prompt"], ""] if self.empty_prompt else [row["prompt"]]
+        return [row["prompt"]] if self.other_prompt is None else [row["prompt"], _Other(self.other_prompt)]
+
+    def _is_negative(self, prompt) -> bool:
+        return isinstance(prompt, _Other) and self.negative_prompt is not None
 
     def _keys(self, row, sample) -> tuple[str | None, str, str | None]:
         latents = None if self.text_only else self._latents_key(row, sample)
         conditions = [self._condition_key(row, sample, prompt) for prompt in self._prompts(row)]
-        return (latents, *conditions) if self.empty_prompt else (latents, *conditions, None)
+        return (latents, *conditions, None)[:3]
 
     def _latents_key(self, row, sample) -> str:
         content = self.contents.get(sample.index)
@@ -337,24 +362,33 @@ class _Builder:
         return sha256_json(parts)
 
     def _condition_key(self, row, sample, prompt) -> str:
-        inputs = {}
+        inputs = {"negative": True} if self._is_negative(prompt) else {}
         for column in self.columns:
             if column == "prompt":
                 inputs[column] = prompt
             elif column == "fps":
                 inputs[column] = sample.fps
-            elif column == "image" and self.first_frame:
-                inputs[column] = self._latents_key(row, sample)
-            elif column == "image" or is_content(row[column]):
-                inputs[column] = None if row[column] is None else {"content": self.files.content(row[column])}
+            elif column == "image":
+                inputs[column] = self._image_key(row, sample)
+            elif is_content(row[column]):
+                inputs[column] = {"content": self.files.content(row[column])}
             else:
                 inputs[column] = row[column]
         return sha256_json({"base": self.base, "inputs": inputs, "shape": list(self.plan.buckets[sample.bucket])})
 
+    def _image_key(self, row, sample):
+        if row.get("image") is None:  # it is the first frame of the clip, where there is one
+            return self._latents_key(row, sample) if self.has_videos else None
+        try:
+            return {"content": self.files.content(row["image"]), "fit": "cover"}
+        except OSError as error:  # such a row is left out when its condition is made
+            return {"missing": str(error)}
+
     def _add_condition(self, key, row, sample, prompt):
         bucket = self.plan.buckets[sample.bucket]
         try:
-            inputs = {column: row.get(column) for column in self.columns}
+            inputs = {"negative": True} if self._is_negative(prompt) else {}
+            inputs |= {column: row.get(column) for column in self.columns}
             inputs.update({c: v for c, v in (("prompt", prompt), ("fps", sample.fps)) if c in inputs})
             if "image" in inputs:
                 inputs["image"] = self._image(row, sample, bucket)
@@ -387,10 +421,11 @@ class _Builder:
         self.unreadable[key] = str(error)
 
     def _image(self, row, sample, bucket) -> Image.Image:
-        if self.first_frame:
-            frame = load_clip(row, sample, bucket, num_frames=1)[0]
-            return Image.fromarray((frame * 255).round().byte().permute(1, 2, 0).numpy())
-        return load_image(row["image"])
+        if row.get("image") is not None:
+            return condition_image(row["image"], bucket.height, bucket.width)
+        if not self.has_videos:
+            raise ValueError(f"{sample.sample_id} has no image")
+        return as_image(load_clip(row, sample, bucket, num_frames=1)[0])
 
     def _info(self, sample, bucket, prompt) -> dict:
         info = {"sample_id": sample.sample_id, "start": sample.start, "fps": sample.fps, "prompt": prompt}

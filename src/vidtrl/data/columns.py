@@ -28,7 +28,8 @@ def standardize_columns(dataset, *, root: str | os.PathLike | None = None, promp
 
     `caption`, `text` and `txt` become `prompt`; `file_name`, `video_path`, `path` and `mp4` become `video`; a dataset with
     an `image` column and no video becomes one of one-frame videos. Without a prompt column, the caption of `clip.mp4` is
-    read from `clip.txt` beside it. `datasets.Video` columns are cast to `decode=False`, so that torchcodec is not needed.
+    read from `clip.txt` beside it. `datasets.Video` columns are cast to `decode=False`, so that torchcodec is not needed, and
+    so is the `image` column of image-to-video data, so that a broken image does no harm before it is used.
 
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset` or list of `dict`): One split.
@@ -57,8 +58,10 @@ def standardize_columns(dataset, *, root: str | os.PathLike | None = None, promp
             video = "image"
         if video is None:
             raise ValueError(_missing("video", columns))
-        dataset = _undecoded(_rename(dataset, columns, video, "video"), root)
+        dataset = _undecoded(_rename(dataset, columns, video, "video"), "video", root)
         columns = ["video" if column == video else column for column in columns]
+    if "image" in columns:
+        dataset = _undecoded(dataset, "image", root)
     prompt = _find(columns, "prompt")
     if prompt is not None:
         dataset = _rename(dataset, columns, prompt, "prompt")
@@ -183,34 +186,36 @@ def _rename(dataset, columns, old, new):
     return [{new if k == old else k: v for k, v in row.items()} for row in dataset]
 
 
-def _undecoded(dataset, root):
+def _undecoded(dataset, column, root):
     """Videos and images as `{"path", "bytes"}`; text paths checked against `root`."""
     if isinstance(dataset, (list, tuple)):
-        return [{**row, "video": _resolve(row["video"], root)} for row in dataset]
-    feature = (dataset.features or {}).get("video")
+        return [{**row, column: _resolve(row.get(column), root)} for row in dataset]
+    feature = (dataset.features or {}).get(column)
     if isinstance(feature, (Video, Image)):
-        dataset = dataset.cast_column("video", type(feature)(decode=False))
+        dataset = dataset.cast_column(column, type(feature)(decode=False))
+        if not isinstance(dataset, IterableDataset):
+            return dataset
         # what streams from the Hub or an archive has the path of a remote file: read it when its row is asked for
-        return dataset.map(_fetched, features=dataset.features) if isinstance(dataset, IterableDataset) else dataset
+        return dataset.map(_fetched, fn_kwargs={"column": column}, features=dataset.features)
     if isinstance(feature, List) and isinstance(feature.feature, Image):  # frames: decoded when a clip is read
-        return dataset.cast_column("video", List(Image(decode=False)))
+        return dataset.cast_column(column, List(Image(decode=False)))
     if isinstance(dataset, IterableDataset):
-        return dataset.map(lambda row: {"video": _resolve(row["video"], root)})
+        return dataset.map(lambda row: {column: _resolve(row[column], root)})
     if feature == Value("string"):
-        paths = [_resolve(path, root) for path in dataset["video"]]
-        return dataset.remove_columns("video").add_column("video", paths)
+        paths = [_resolve(path, root) for path in dataset[column]]
+        return dataset.remove_columns(column).add_column(column, paths)
     return dataset
 
 
-def _fetched(row):
-    path = (row["video"] or {}).get("path")
-    if path is None or row["video"].get("bytes") is not None or "://" not in path:
+def _fetched(row, column):
+    path = (row[column] or {}).get("path")
+    if path is None or row[column].get("bytes") is not None or "://" not in path:
         return row
     protocols = set(re.findall(r"(\w+)://", path))
     if not protocols <= PROTOCOLS:
         raise ValueError(f"{path!r} is not on the Hub; download the file first")
     with fsspec.open(path, "rb") as file:
-        return {**row, "video": {"path": path, "bytes": file.read()}}
+        return {**row, column: {"path": path, "bytes": file.read()}}
 
 
 def _resolve(value, root):

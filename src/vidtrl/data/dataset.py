@@ -5,7 +5,7 @@ import logging
 import torch
 from torch.utils.data import Dataset
 
-from .video import read_video, resize_crop
+from .video import as_image, condition_image, read_video, resize_crop
 
 
 logger = logging.getLogger(__name__)
@@ -18,6 +18,8 @@ class VideoDataset(Dataset):
     Args:
         dataset (`datasets.Dataset` or list of `dict`): With the columns of [`standardize_columns`].
         plan ([`Plan`]): From [`plan_dataset`] on the same dataset.
+        images (`bool`, *optional*, defaults to `False`): Items have the `image` that an image-to-video model needs: the row's,
+            resized and cropped as its clip is, or the clip's first frame where the row has none.
 
     Items are dicts: `video`, float32 `(F, C, H, W)` in [0, 1]; `prompt`; `sample_id`; `bucket`; `index`; `fps`, the clip's
     frame rate after resampling; and the dataset's other columns. A clip that turns out to be damaged costs one warning; the
@@ -32,10 +34,11 @@ class VideoDataset(Dataset):
     ```
     """
 
-    def __init__(self, dataset, plan):
+    def __init__(self, dataset, plan, images: bool = False):
         if not plan.complete:
             raise ValueError("a streaming dataset must be cached before training: use cache=True")
         self.dataset, self.plan, self.samples, self._damaged = dataset, plan, plan.samples, set()
+        self.images = images
 
     @property
     def buckets(self) -> list[int]:
@@ -65,7 +68,8 @@ class VideoDataset(Dataset):
     def _load(self, index):
         sample = self.samples[index]
         row = self.dataset[sample.index]
-        video = load_clip(row, sample, self.plan.buckets[sample.bucket])
+        bucket = self.plan.buckets[sample.bucket]
+        video = load_clip(row, sample, bucket)
         made = {
             "video": video,
             "sample_id": sample.sample_id,
@@ -73,6 +77,11 @@ class VideoDataset(Dataset):
             "index": index,
             "fps": sample.fps,
         }
+        if self.images:
+            given = row.get("image")
+            made["image"] = (
+                as_image(video[0]) if given is None else condition_image(given, bucket.height, bucket.width)
+            )
         return {**row, **made}
 
 

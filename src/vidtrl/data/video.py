@@ -186,6 +186,27 @@ def resize_crop(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return out
 
 
+def condition_image(image, height: int, width: int) -> Image.Image:
+    """
+    A still image as the first frame of a clip of this size: scaled to cover it, and cropped as clips are.
+
+    Args:
+        image: What `load_image` reads: PIL, path, bytes or `{"path", "bytes"}`.
+        height (`int`): Pixels.
+        width (`int`): Pixels.
+
+    Raises:
+        `ValueError`: If it cannot be read.
+    """
+    frame = torch.from_numpy(np.array(load_image(image))).permute(2, 0, 1)
+    return as_image(resize_crop(frame[None], height, width)[0])
+
+
+def as_image(frame: torch.Tensor) -> Image.Image:
+    """A frame (3, H, W) in [0, 1] as a picture."""
+    return Image.fromarray((frame * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
 def cover_size(source_height: int, source_width: int, height: int, width: int) -> tuple[int, int]:
     """The smallest size of the source's aspect that covers `height` x `width`."""
     scale = max(height / source_height, width / source_width)

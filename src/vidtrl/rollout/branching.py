@@ -126,9 +126,8 @@ def rollout(
         start = nodes[group][0]
         for together in _split(mine, (lambda m, start=start: start[m]) if share else (lambda m: m)):
             noise = draw(group, 0, int(plan.seed[together[0]])).to(model.device, torch.float32)
-            x = condition[group].with_fixed((noise * model.noise_scale(grid[0]))[None])[
-                0
-            ]  # and every step leaves that
+            # what an image gives is there from the start, and no step touches it
+            x = condition[group].with_fixed((noise * model.noise_scale(grid[0]))[None])[0]
             paths.append(_Path(group, together, x))
 
     decisions, num_evaluations = [], 0

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data import BucketSampler, CachedDataset, VideoDataset, build_cache, plan_dataset, standardize_columns
+from ..data.video import as_image, condition_image
 from ..models import Condition, VideoModel
 from .base_trainer import VideoTrainer
 from .checkpoint import weights_fingerprint
@@ -29,6 +30,7 @@ class ClipTrainer(VideoTrainer):
 
     args: ClipConfig
     caption_dropout = 0.0  # share of samples with the empty prompt
+    cached_negative_prompt: str | None = None  # every row's condition is cached with this prompt, too
     prompts_only = False  # rows are prompts (and images) without videos
 
     def __init__(self, *args, **kwargs):
@@ -66,6 +68,9 @@ class ClipTrainer(VideoTrainer):
         dataset = standardize_columns(dataset, prompts_only=self.prompts_only)
         if self.prompts_only and "video" in dataset.column_names:
             dataset = dataset.remove_columns("video")
+        given = "image" in (dataset.column_names or next(iter(dataset)))
+        if model.family.image and self.prompts_only and not given:
+            raise ValueError(missing_images(model, dataset))
         frame_multiple, frame_offset = self.frame_rule()
         plan = plan_dataset(
             dataset,
@@ -79,11 +84,15 @@ class ClipTrainer(VideoTrainer):
             **args.shape_rules(),
         )
         if args.cache or self.prompts_only:
-            prepared = self.build_cache(dataset, plan, text_only=self.prompts_only)
+            prepared = self.build_cache(
+                dataset, plan, text_only=self.prompts_only, negative_prompt=self.cached_negative_prompt
+            )
         else:
-            prepared = VideoDataset(dataset, plan)
+            prepared = VideoDataset(dataset, plan, images=model.family.image)
         if args.process_index == 0 and not self.prompts_only:
             tqdm.write(f"{split} {plan}")
+            if model.family.image and not given:
+                tqdm.write(f"{split}: there is no column image, so the image of each clip is its first frame")
             os.makedirs(args.output_dir, exist_ok=True)
             plan.to_json(os.path.join(args.output_dir, f"plan_{split}.json"))
         if offloaded:
@@ -108,7 +117,7 @@ class ClipTrainer(VideoTrainer):
             plan ([`Plan`]): Their shapes.
             text_only (`bool`, *optional*, defaults to `False`): Conditions without latents.
             model ([`VideoModel`], *optional*): Whose encoders; default: those of the model in training.
-            negative_prompt (`str`, *optional*): Take it in place of every prompt, as the other branch of guidance.
+            negative_prompt (`str`, *optional*): Also cache every row's condition with it, as the other branch of guidance.
         """
         args, model = self.args, model or self.video_model
         columns = ["prompt"]
@@ -116,13 +125,8 @@ class ClipTrainer(VideoTrainer):
         columns += ["fps"] if model.family.fps_argument else []
 
         def condition(row: dict, *size: int) -> tuple[dict, dict]:
-            if negative_prompt is not None:
-                row = {**row, "prompt": negative_prompt}
-            return self.condition(row, *size, model=model, negative=negative_prompt is not None).state()
+            return self.condition(row, *size, model=model, negative=row.get("negative", False)).state()
 
-        fingerprint = self.cache_fingerprint(model)
-        if negative_prompt is not None:
-            fingerprint["negative_prompt"] = negative_prompt
         return build_cache(
             dataset,
             plan,
@@ -131,8 +135,9 @@ class ClipTrainer(VideoTrainer):
             text_only=text_only,
             condition_columns=tuple(columns),
             empty_prompt=self.caption_dropout > 0,
+            negative_prompt=negative_prompt,
             cache_dir=args.cache_dir or os.path.join(constants.HF_HOME, "vidtrl"),
-            fingerprint=fingerprint,
+            fingerprint=self.cache_fingerprint(model),
             process_index=args.process_index,
             num_processes=args.world_size,
             wait=PartialState().wait_for_everyone,
@@ -238,8 +243,10 @@ class ClipTrainer(VideoTrainer):
         num_frames, _, height, width = inputs["videos"][0].shape
         conditions = []
         for row, video in zip(inputs["rows"], inputs["videos"], strict=True):
-            if self.video_model.family.image and row.get("image") is None:
-                row = {**row, "image": first_frame(video)}
+            if self.video_model.family.image:
+                given = row.get("image")
+                image = as_image(video[0]) if given is None else condition_image(given, height, width)
+                row = {**row, "image": image}
             conditions.append(self.condition(row, height, width, num_frames))
         return mean, std, Condition.cat(conditions)
 
@@ -275,8 +282,11 @@ class ClipTrainer(VideoTrainer):
         if not self.video_model.family.image:
             return None
         dataset, plan = self._clips["eval" if "eval" in self._clips else "train"]
-        item = VideoDataset(dataset, plan)[index % len(plan.samples)]
-        return item["image"] if item.get("image") is not None else first_frame(item["video"])
+        if not self.prompts_only:
+            return VideoDataset(dataset, plan, images=True)[index % len(plan.samples)]["image"]
+        sample = plan.samples[index % len(plan.samples)]
+        bucket = plan.buckets[sample.bucket]
+        return condition_image(dataset[sample.index]["image"], bucket.height, bucket.width)
 
 
 def collate(items: list[dict]) -> dict:
@@ -295,6 +305,9 @@ def collate(items: list[dict]) -> dict:
     return batch
 
 
-def first_frame(video: Tensor) -> Image.Image:
-    """The first frame of a clip (F, 3, H, W) in [0, 1]: the image condition of image-to-video models."""
-    return Image.fromarray((video[0] * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+def missing_images(model: VideoModel, dataset: Dataset) -> str:
+    """What to tell a user whose prompts have no images."""
+    return (
+        f"{type(model.pipe).__name__} starts from an image: give the dataset a column image (PIL images, paths or an "
+        f"Image feature); its columns are {', '.join(dataset.column_names)}"
+    )
