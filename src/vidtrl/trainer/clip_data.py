@@ -21,6 +21,7 @@ from .base_trainer import VideoTrainer
 from .checkpoint import weights_fingerprint
 from .clip_config import ClipConfig
 from .draws import DrawDataset, DrawSampler, draw_seed
+from .prompt_batches import missing_images
 
 
 class ClipTrainer(VideoTrainer):
@@ -303,11 +304,3 @@ def collate(items: list[dict]) -> dict:
         batch["videos"] = [item["video"] for item in items]
         batch["rows"] = [{name: item.get(name) for name in ("prompt", "fps", "image")} for item in items]
     return batch
-
-
-def missing_images(model: VideoModel, dataset: Dataset) -> str:
-    """What to tell a user whose prompts have no images."""
-    return (
-        f"{type(model.pipe).__name__} starts from an image: give the dataset a column image (PIL images, paths or an "
-        f"Image feature); its columns are {', '.join(dataset.column_names)}"
-    )

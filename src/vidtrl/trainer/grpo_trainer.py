@@ -29,12 +29,14 @@ import torch
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftConfig
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..data import standardize_columns
+from ..data.video import condition_image
 from ..diffusion import flow, step_schedules
 from ..diffusion.advantages import aggregate_rewards, zero_std_groups
 from ..diffusion.policy_losses import awm_log_prob, clipped_loss, dppo_loss, guard_log_ratio, nft_loss
@@ -53,7 +55,7 @@ from .ema import WeightAverage
 from .grpo_config import VideoGRPOConfig
 from .grpo_logging import GenerationMetrics, log_completions, nanstd, video_advantages
 from .grpo_plans import check_schedule, credited, draw_plan
-from .prompt_batches import GenerationSampler, PromptRows, as_given
+from .prompt_batches import GenerationSampler, PromptRows, as_given, prompts_with_images
 
 
 logger = logging.get_logger(__name__)
@@ -235,7 +237,7 @@ class VideoGRPOTrainer(VideoTrainer):
             i for i, sigma in enumerate(self.grid[:-1].tolist()) if model.expert(sigma) in self.denoiser_names
         ]
         check_schedule(args, self.grid, self._own_steps, self.transition)
-        self.negative_condition = None  # of all prompts; with an image condition each has its own
+        self.negative_condition = None  # of all prompts; each image has its own
         if args.guidance_scale != 1.0 and not model.family.image:
             size = args.height, args.width, args.num_frames
             self.negative_condition = model.condition(
@@ -248,10 +250,10 @@ class VideoGRPOTrainer(VideoTrainer):
         return self.prepare_dataset(train_dataset), evaluation
 
     def prepare_dataset(self, dataset: Dataset | IterableDataset) -> Dataset:
-        """Prompts under the name `prompt`; a streamed dataset is read to its end."""
+        """Prompts under the name `prompt`, with an image where the model starts from one; a stream is read to its end."""
         if isinstance(dataset, IterableDataset):
             dataset = Dataset.from_list(list(dataset))
-        return standardize_columns(dataset, prompts_only=True)
+        return prompts_with_images(standardize_columns(dataset, prompts_only=True), self.video_model)
 
     def data_summary(self) -> dict:
         """What decides which prompts each generation sees."""
@@ -272,7 +274,12 @@ class VideoGRPOTrainer(VideoTrainer):
             return None
         dataset = self.eval_dataset if isinstance(self.eval_dataset, Dataset) else self.train_dataset
         prompts, wanted = list(dataset["prompt"]), self.validation_prompts()[index]
-        return dataset[prompts.index(wanted) if wanted in prompts else index % len(prompts)]["image"]
+        return self.image(dataset[prompts.index(wanted) if wanted in prompts else index % len(prompts)])
+
+    def image(self, row: dict) -> Image.Image | None:
+        """The image that the videos of a row start from, at their size; `None` for text-to-video models."""
+        args = self.args
+        return condition_image(row["image"], args.height, args.width) if self.video_model.family.image else None
 
     def _condition_kwargs(self) -> dict:
         kwargs = dict(self.args.pipeline_kwargs or {})
@@ -281,10 +288,9 @@ class VideoGRPOTrainer(VideoTrainer):
         return kwargs
 
     def condition(self, key: int, row: dict, negative: bool = False) -> Condition:
-        """What the denoiser gets for a row of the dataset, encoded once per prompt and kept on the CPU."""
-        image = row.get("image") if self.video_model.family.image else None
+        """What the denoiser gets for a row of the dataset, encoded once per prompt (and image) and kept on the CPU."""
         prompt = self.args.negative_prompt if negative else row["prompt"]
-        name = (prompt, negative, None if image is None else key)
+        name = (prompt, negative, key if self.video_model.family.image else None)
         if name not in self._conditions:
             args = self.args
             condition = self.video_model.condition(
@@ -292,7 +298,7 @@ class VideoGRPOTrainer(VideoTrainer):
                 args.height,
                 args.width,
                 args.num_frames,
-                image=image,
+                image=self.image(row),
                 negative=negative,
                 **self._condition_kwargs(),
             )
@@ -367,10 +373,12 @@ class VideoGRPOTrainer(VideoTrainer):
         plans = [draw_plan(args, self.grid, self._own_steps, iteration, random.Random(seed)) for seed in seeds]
         members = self._members()
         groups = [key[3] for key, _ in inputs]
-        conditions = [self.condition(key[4], row) for key, row in inputs]
+        conditions: list[Condition] = []
         negatives: list[Condition] = []
-        if args.guidance_scale != 1.0 and self.negative_condition is None:
-            negatives = [self.condition(key[4], row, negative=True) for key, row in inputs]
+        own = args.guidance_scale != 1.0 and self.negative_condition is None
+        for key, row in inputs:  # one after the other, so that both branches share the encoded image
+            conditions.append(self.condition(key[4], row))
+            negatives += [self.condition(key[4], row, negative=True)] if own else []
         self._group_conditions = dict(zip(groups, conditions, strict=True))
         self._group_negatives = dict(zip(groups, negatives, strict=False))
 
@@ -455,11 +463,13 @@ class VideoGRPOTrainer(VideoTrainer):
         return slices
 
     def _submit(self, runner: RewardRunner, rows: list[dict], videos: list[Tensor]) -> RewardHandle:
-        """Hand videos and their rows of the dataset to the reward functions."""
+        """Hand videos and their rows of the dataset to the reward functions; images as the model saw them."""
+        if self.video_model.family.image:
+            rows = [{**row, "image": self.image(row)} for row in rows]
         return runner.submit(
             prompts=[row["prompt"] for row in rows],
             videos=videos,
-            columns={name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "image")},
+            columns={name: [row[name] for row in rows] for name in rows[0] if name != "prompt"},
             trainer_state=self.state,
         )
 
@@ -598,7 +608,8 @@ class VideoGRPOTrainer(VideoTrainer):
                 with self.accelerator.autocast():
                     v = self._velocity(self.model, *given)
                 noise, x0 = (torch.stack([getattr(item, name) for item in part]) for name in ("noise", "x0"))
-                for item, value in zip(part, awm_log_prob(v, noise, x0, given[1], args.awm_weighting), strict=True):
+                log_prob = awm_log_prob(v, noise, x0, given[1], args.awm_weighting, self._free(given[2]))
+                for item, value in zip(part, log_prob, strict=True):
                     item.old_log_prob = value
         return items
 
@@ -659,6 +670,10 @@ class VideoGRPOTrainer(VideoTrainer):
         if not self._group_negatives:
             return self.negative_condition
         return Condition.cat([self._group_negatives[group] for group in groups])
+
+    def _free(self, groups: list[int]) -> Tensor | None:
+        """Of the latents of these groups, what is generated and not given by an image: (B, 1, f, h, w), `None` for all."""
+        return Condition.cat([self._group_conditions[group] for group in groups]).free(self.args.device)
 
     def _velocity(self, model: nn.Module, x: Tensor, sigma: Tensor, groups: list[int]) -> Tensor:
         """Guided as in the rollout; one call per noise level where the family cannot mix them."""
@@ -727,40 +742,41 @@ class VideoGRPOTrainer(VideoTrainer):
         """Policy gradient: (loss, ratio, divergence from the reference) of each child, from one mean per decision."""
         args, device = self.args, x.device
         sigma_next = torch.tensor([item.decision.sigma_next for item in inputs])
-        step = self.transition(x, velocity, sigma, sigma_next)[child.to(device)]  # (M, ...)
+        free = self._free([item.group for item in inputs])
+        step = self.transition(x, velocity, sigma, sigma_next).held(x, free)[child.to(device)]  # (M, ...)
         next_latents = torch.cat([item.decision.next_latents for item in inputs])
         old_log_prob = torch.cat([item.decision.old_log_prob for item in inputs])
         old_mean = torch.stack([item.decision.old_mean for item in inputs])[child.to(device)]
         log_prob = step.log_prob(next_latents)
         if args.ratio_normalization:
-            log_prob = guard_log_ratio(log_prob, old_log_prob, step.mean, old_mean, step.std)
+            log_prob = guard_log_ratio(log_prob, old_log_prob, step.mean, old_mean, step.std, step.free)
             old_log_prob = torch.zeros_like(log_prob)
         if args.loss_type == "dppo":
-            divergence = Transition(old_mean, step.std).kl(step)
+            divergence = Transition(old_mean, step.std, free=step.free).kl(step)
             loss = dppo_loss(log_prob, old_log_prob, divergence, advantages, args.epsilon)
         else:
             loss = clipped_loss(log_prob, old_log_prob, advantages, args.epsilon, args.epsilon_high)
         kl = torch.zeros_like(log_prob)
         if v_ref is not None:
-            kl = step.kl(self.transition(x, v_ref, sigma, sigma_next)[child.to(device)])
+            kl = step.kl(self.transition(x, v_ref, sigma, sigma_next).held(x, free)[child.to(device)])
         return loss, torch.exp(log_prob.detach() - old_log_prob), kl
 
     def _video_loss(self, inputs, velocity, v_ref, x, x0, noise, sigma, advantages) -> tuple[Tensor, Tensor, Tensor]:
         """DiffusionNFT or AWM: (loss, ratio, divergence from the reference) of each video at its noise level."""
-        args, v_old = self.args, torch.stack([item.v_old for item in inputs])
-        distance = (velocity - v_old).square().flatten(1).mean(1)
+        args, v_old, free = self.args, torch.stack([i.v_old for i in inputs]), self._free([i.group for i in inputs])
+        distance = flow.sample_mean((velocity - v_old).square(), free)
         if args.loss_type == "nft":
-            loss = nft_loss(velocity, v_old, x, x0, sigma, advantages, args.nft_beta, args.advantage_clip)
+            loss = nft_loss(velocity, v_old, x, x0, sigma, advantages, args.nft_beta, args.advantage_clip, free)
             ratio = torch.ones_like(loss)
         else:
-            log_prob = awm_log_prob(velocity, noise, x0, sigma, args.awm_weighting)
+            log_prob = awm_log_prob(velocity, noise, x0, sigma, args.awm_weighting, free)
             # with one update per generation the policy that sampled is the present one
             known = inputs[0].old_log_prob is not None
             old = torch.stack([item.old_log_prob for item in inputs]) if known else log_prob.detach()
             loss = clipped_loss(log_prob, old, advantages.double(), args.epsilon, args.epsilon_high).float()
             ratio = torch.exp(log_prob.detach() - old)
         loss = loss + args.old_policy_beta * distance
-        kl = torch.zeros_like(loss) if v_ref is None else (velocity - v_ref).square().flatten(1).mean(1)
+        kl = torch.zeros_like(loss) if v_ref is None else flow.sample_mean((velocity - v_ref).square(), free)
         return loss, ratio, kl
 
     def training_step(self, model: nn.Module, inputs: list, num_items_in_batch=None) -> Tensor:
@@ -842,7 +858,7 @@ class VideoGRPOTrainer(VideoTrainer):
             videos = self.generate_videos(
                 [row["prompt"] for row in rows],
                 seeds=[args.validation_seed + i for i in mine],
-                images=[row["image"] for row in rows] if self.video_model.family.image else None,
+                images=[self.image(row) for row in rows] if self.video_model.family.image else None,
                 # not every image-to-video pipeline takes lists of images
                 batch_size=1 if self.video_model.family.image else args.per_device_eval_batch_size,
                 num_inference_steps=args.eval_num_inference_steps,

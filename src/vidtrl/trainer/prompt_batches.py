@@ -2,11 +2,18 @@
 
 from collections.abc import Iterator
 
+import datasets
 import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
+from transformers.utils import logging
 
 from ..data import BucketSampler
+from ..data.video import load_image
+from ..models import VideoModel
+
+
+logger = logging.get_logger(__name__)
 
 
 class GenerationSampler(Sampler):
@@ -57,6 +64,44 @@ class PromptRows(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, ...]) -> tuple[tuple[int, ...], dict]:
         return key, self.dataset[key[-1]]
+
+
+def missing_images(model: VideoModel, dataset: Dataset) -> str:
+    """What to tell a user whose prompts have no images."""
+    return (
+        f"{type(model.pipe).__name__} starts from an image: give the dataset a column image (PIL images, paths or an "
+        f"Image feature); its columns are {', '.join(dataset.column_names)}"
+    )
+
+
+def prompts_with_images(dataset: Dataset, model: VideoModel) -> Dataset:
+    """
+    The rows that the model can start from: for image-to-video those whose image can be read, for others all.
+
+    Args:
+        dataset (`Dataset`): With standard columns. An unreadable image costs one warning and its row.
+        model ([`VideoModel`]): What is trained.
+
+    Raises:
+        `ValueError`: If an image-to-video model gets no images; says which column is missing.
+    """
+    if not model.family.image:  # a column for the rewards, like any other
+        if isinstance(dataset.features.get("image"), datasets.Image):
+            dataset = dataset.cast_column("image", datasets.Image())
+        return dataset
+    if "image" not in dataset.column_names:
+        raise ValueError(missing_images(model, dataset))
+    readable = []
+    for i, image in enumerate(dataset["image"]):
+        try:
+            load_image(image)
+        except ValueError as error:
+            logger.warning(f"prompt skipped: row {i}: {error}")
+        else:
+            readable.append(i)
+    if not readable:
+        raise ValueError("no image of the dataset can be read; the warnings above say why")
+    return dataset if len(readable) == len(dataset) else dataset.select(readable)
 
 
 def as_given(rows: list) -> list:
