@@ -1,10 +1,19 @@
-"""Model cards for what vidtrl trains."""
+"""Adapters, students and datasets on the Hugging Face Hub, their cards, and files for other tools."""
 
 import importlib
 from typing import TYPE_CHECKING
 
 
-_EXPORTS = {"build_model_card": ".model_card"}
+_EXPORTS = {
+    "HubError": ".upload",
+    "build_model_card": ".model_card",
+    "export_comfyui": ".comfyui",
+    "pull_from_hub": ".upload",
+    "push_preferences": ".datasets",
+    "push_rollouts": ".datasets",
+    "push_sft": ".datasets",
+    "push_to_hub": ".upload",
+}
 __all__ = [*_EXPORTS]
 
 
@@ -19,4 +28,7 @@ def __dir__():
 
 
 if TYPE_CHECKING:
+    from .comfyui import export_comfyui
+    from .datasets import push_preferences, push_rollouts, push_sft
     from .model_card import build_model_card
+    from .upload import HubError, pull_from_hub, push_to_hub

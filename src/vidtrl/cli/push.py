@@ -1,0 +1,66 @@
+"""`vidtrl push`: upload a trained model, an enhancer, a student or a dataset of videos to the Hub.
+
+Of a trainer's folder the model goes up with its card, videos and curves; not checkpoints, optimizer states or caches. A folder
+of videos with a metadata.jsonl (completions/ of a trainer, what `vidtrl compare --export` wrote) becomes a dataset.
+
+The token is that of `hf auth login`, or HF_TOKEN; it is no option, because options are seen by others and kept in histories.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import Parser, UserError
+
+
+KINDS = ("model", "rollouts", "preferences", "sft")
+
+
+def make_parser() -> Parser:
+    """The options of `vidtrl push`."""
+    parser = Parser(prog="vidtrl push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", metavar="DIR", help="what was saved; also one checkpoint of a run")
+    parser.add_argument("repo", metavar="REPO", help="NAME or OWNER/NAME; created if missing")
+    parser.add_argument("--private", action="store_true", help="a repository that is created is private")
+    parser.add_argument("--revision", help="branch; created if missing (default: main)")
+    parser.add_argument("--message", help="title of the commit")
+    parser.add_argument("--kind", choices=KINDS, help="what it is (default: as its files say)")
+    parser.add_argument("--steps", nargs="+", type=int, metavar="STEP", help="rollouts: only these steps")
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Upload, and print the commit's address."""
+    args = make_parser().parse_args(argv)
+    kind = args.kind or _kind(Path(args.directory).expanduser())
+    if args.steps is not None and kind != "rollouts":
+        raise UserError("--steps is for rollouts: completions/ of a trainer")
+    from .. import hub
+
+    options = {
+        "private": args.private or None,
+        "revision": args.revision,
+        "commit_message": args.message,
+    }
+    if kind == "model":
+        url = hub.push_to_hub(args.directory, args.repo, repo_type="model", **options)
+    elif kind == "rollouts":
+        url = hub.push_rollouts(args.directory, args.repo, steps=args.steps, **options)
+    else:
+        push = hub.push_preferences if kind == "preferences" else hub.push_sft
+        url = push(args.directory, args.repo, **options)
+    print(url)
+    return 0
+
+
+def _kind(directory: Path) -> str:
+    """By the columns of metadata.jsonl, if there is one."""
+    path = directory / "metadata.jsonl"
+    if not path.is_file():
+        return "model"
+    with open(path, encoding="utf-8") as file:
+        row = json.loads(file.readline() or "{}")
+    if "chosen_file_name" in row:
+        return "preferences"
+    return "rollouts" if "advantage" in row else "sft"

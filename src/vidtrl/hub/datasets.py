@@ -1,0 +1,280 @@
+"""Videos with what is known about them, as datasets on the Hub: rollouts, preferences, clips for fine-tuning.
+
+A dataset is a folder of mp4 files with a `metadata.jsonl` (the layout VideoFolder of `datasets`), which the Hub's viewer plays
+and `load_dataset` reads back.
+"""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from datasets import Dataset, IterableDataset, Video
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+
+from ..data.video import probe_video, source_name
+from .upload import create_repository, place, push_folder
+
+
+# the container formats that both VideoFolder and browsers know
+PLAYABLE = (".mp4", ".mov")
+KINDS = {
+    "rollouts": (
+        ("video",),
+        "videos that a model generated while it was trained, with the rewards and advantages they got",
+    ),
+    "preferences": (("chosen", "rejected"), "pairs of videos of one prompt, of which one is preferred"),
+    "sft": (("video",), "captioned clips for supervised fine-tuning"),
+}
+
+
+def push_rollouts(
+    source: str | os.PathLike | Dataset | IterableDataset | Iterable[Mapping[str, Any]],
+    repo_id: str,
+    *,
+    steps: Iterable[int] | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """
+    Upload what a run generated: prompt, video, every reward, advantage, step and seed.
+
+    Args:
+        source: A run's `output_dir` with `log_completions=True`, its `completions` folder, or rows with `prompt` and
+            `video` (file, or `{"path", "bytes"}`) and any further columns.
+        repo_id (`str`): `"name"` or `"organisation/name"`; created if missing.
+        steps (`Iterable[int]`, *optional*): Only these steps.
+        private (`bool`, *optional*): Of a repository that is created. Default: as the account says.
+        token (`str`, *optional*): Default: `HF_TOKEN`, or the one `hf auth login` stored.
+        revision (`str`, *optional*): Branch; created if missing. Default: `main`.
+        commit_message (`str`, *optional*): Title of the commit.
+
+    Returns:
+        `str`: The commit's address.
+
+    Raises:
+        `ValueError`: No rows, a row without prompt, or a video that the viewer cannot play; the message names the row.
+        [`HubError`]: The Hub refused, or could not be reached.
+
+    Example:
+
+    ```python
+    >>> from vidtrl.hub import push_rollouts
+
+    >>> push_rollouts("wan-grpo", "me/wan-grpo-rollouts", steps=[100, 200])
+    ```
+    """
+    if isinstance(source, (str, os.PathLike)) and Path(source, "completions").is_dir():
+        source = Path(source, "completions")
+    wanted = None if steps is None else set(steps)
+
+    def chosen(row: Mapping[str, Any]) -> bool:
+        return wanted is None or row.get("step") in wanted
+
+    return _push("rollouts", source, repo_id, chosen, private, token, revision, commit_message)
+
+
+def push_preferences(
+    source: str | os.PathLike | Dataset | IterableDataset | Iterable[Mapping[str, Any]],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """
+    Upload preferences: rows of `prompt` and the videos `chosen` and `rejected`.
+
+    Args:
+        source: What `vidtrl compare --export` wrote, or rows as for [`push_rollouts`].
+        repo_id, private, token, revision, commit_message: As for [`push_rollouts`].
+
+    Returns:
+        `str`: The commit's address.
+
+    Raises:
+        `ValueError`, [`HubError`]: As [`push_rollouts`].
+    """
+    return _push("preferences", source, repo_id, lambda row: True, private, token, revision, commit_message)
+
+
+def push_sft(
+    source: str | os.PathLike | Dataset | IterableDataset | Iterable[Mapping[str, Any]],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """
+    Upload captioned clips: rows of `prompt` and `video`.
+
+    Args:
+        source: A folder with `metadata.jsonl`, or rows as for [`push_rollouts`].
+        repo_id, private, token, revision, commit_message: As for [`push_rollouts`].
+
+    Returns:
+        `str`: The commit's address.
+
+    Raises:
+        `ValueError`, [`HubError`]: As [`push_rollouts`].
+    """
+    return _push("sft", source, repo_id, lambda row: True, private, token, revision, commit_message)
+
+
+def _push(kind, source, repo_id, chosen, private, token, revision, commit_message) -> str:
+    with tempfile.TemporaryDirectory() as staging:
+        rows = write_video_folder(kind, source, Path(staging), chosen)
+        api = HfApi(token=token)
+        repo_id = create_repository(api, repo_id, "dataset", private, revision)
+        dataset_card(kind, repo_id, rows).save(Path(staging, "README.md"))
+        message = commit_message or f"Upload {len(rows)} rows"
+        return push_folder(api, staging, repo_id, "dataset", revision, message)
+
+
+def write_video_folder(kind: str, source: Any, folder: Path, chosen=lambda row: True) -> list[dict[str, Any]]:
+    """
+    Write rows with videos as VideoFolder reads them.
+
+    Args:
+        kind (`str`): `"rollouts"`, `"preferences"` or `"sft"`.
+        source: As for [`push_rollouts`].
+        folder (`Path`): An empty one.
+        chosen (`Callable`, *optional*): Which rows.
+
+    Returns:
+        `list[dict]`: The rows as written to `metadata.jsonl`.
+
+    Raises:
+        `ValueError`: As [`push_rollouts`].
+    """
+    columns, rows = KINDS[kind][0], []
+    for row in filter(chosen, _rows(source)):
+        number, written = len(rows), {}
+        prompt = row.get("prompt")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"row {number} has no prompt: its columns are {', '.join(row)}")
+        for column in columns:
+            if row.get(column) is None:
+                raise ValueError(
+                    f"row {number} has no {column!r}: {kind} are rows of prompt, {' and '.join(columns)}; its columns are "
+                    f"{', '.join(row)}"
+                )
+            name = f"videos/{number:06d}{'' if column == 'video' else f'-{column}'}"
+            written["file_name" if column == "video" else f"{column}_file_name"] = _place(
+                row[column], folder, name, number
+            )
+        written |= {name: _plain(value) for name, value in row.items() if name not in columns}
+        rows.append(written)
+    if not rows:
+        raise ValueError("there is nothing to upload: no rows, or none of the steps that were asked for")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with open(folder / "metadata.jsonl", "w", encoding="utf-8") as file:
+        for row in rows:  # every column in every row: VideoFolder takes the columns of the first
+            file.write(json.dumps({name: row.get(name) for name in names}, allow_nan=False, ensure_ascii=False) + "\n")
+    return rows
+
+
+def _rows(source: Any) -> Iterable[Mapping[str, Any]]:
+    """Rows in which videos are files or `{"path", "bytes"}`."""
+    if isinstance(source, (str, os.PathLike)):
+        return _rows_of_folder(Path(source).expanduser())
+    if isinstance(source, (Dataset, IterableDataset)):
+        for name, feature in (source.features or {}).items():
+            if isinstance(feature, Video):
+                source = source.cast_column(name, Video(decode=False))
+    return source
+
+
+def _rows_of_folder(folder: Path) -> Iterable[dict[str, Any]]:
+    path = folder / "metadata.jsonl"
+    if not path.is_file():
+        raise ValueError(f"there is no metadata.jsonl in {os.fspath(folder)!r}: give a folder of videos that has one")
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        for name in [n for n in row if n == "file_name" or n.endswith("_file_name")]:
+            file = PurePosixPath(row.pop(name))
+            if file.is_absolute() or ".." in file.parts:
+                raise ValueError(f"{path} names {os.fspath(file)!r}, which lies outside its folder")
+            row["video" if name == "file_name" else name.removesuffix("_file_name")] = folder / file
+        yield row
+
+
+def _place(video: Any, folder: Path, name: str, number: int) -> str:
+    """Put a video under a name of its own; its path in the folder."""
+    shown = source_name(video)
+    probe_video(video)  # raises, and names the file, where there is no video
+    data, path = (video.get("bytes"), video.get("path")) if isinstance(video, Mapping) else (None, video)
+    if isinstance(video, (bytes, bytearray)):
+        data, path = bytes(video), None
+    if not isinstance(path, (str, os.PathLike, type(None))) or (data is None and path is None):
+        raise ValueError(
+            f"row {number}: {shown} is no file: write it with vidtrl.data.write_video, whose mp4 files the viewer plays"
+        )
+    end = ".mp4" if path is None else Path(path).suffix.lower()
+    if end not in PLAYABLE:
+        raise ValueError(
+            f"row {number}: {shown} is a {end or 'file without ending'}, which browsers do not play: convert it to mp4 (h264), as "
+            "vidtrl.data.write_video writes it"
+        )
+    target = folder / f"{name}{end}"
+    if data is None:
+        place(Path(path), target)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+    return f"{name}{end}"
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it; NaN and infinity, which it does not have, are null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if hasattr(value, "item"):  # a scalar of numpy or torch
+        return _plain(value.item())
+    return str(value)
+
+
+def dataset_card(kind: str, repo_id: str, rows: list[dict[str, Any]]) -> DatasetCard:
+    """
+    The card of a dataset.
+
+    Args:
+        kind (`str`): `"rollouts"`, `"preferences"` or `"sft"`.
+        repo_id (`str`): Where it will be.
+        rows (`list[dict]`): From [`write_video_folder`].
+
+    Returns:
+        `DatasetCard`
+    """
+    number = len(rows)
+    sizes = (("n<1K", 1e3), ("1K<n<10K", 1e4), ("10K<n<100K", 1e5), ("100K<n<1M", 1e6))
+    data = DatasetCardData(
+        pretty_name=repo_id.split("/")[-1],
+        tags=["vidtrl", "video", kind],
+        task_categories=["text-to-video"],
+        size_categories=next((name for name, limit in sizes if number < limit), "1M<n<10M"),
+        configs=[{"config_name": "default", "data_files": ["metadata.jsonl", "videos/*"]}],
+    )
+    columns = ["prompt", *KINDS[kind][0]]
+    columns += [
+        n for n in dict.fromkeys(n for row in rows for n in row) if n != "prompt" and not n.endswith("file_name")
+    ]
+    template = (files("vidtrl.hub") / "templates" / "dataset_card.md").read_text(encoding="utf-8")
+    return DatasetCard.from_template(
+        data, template_str=template, repo_id=repo_id, number=number, what=KINDS[kind][1], columns=columns
+    )

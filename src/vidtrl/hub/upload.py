@@ -1,0 +1,358 @@
+"""Folders to and from the Hub: what belongs to a trained model, retries, and errors that say what to do."""
+
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.utils import filter_repo_objects, get_token
+from transformers.utils import logging
+
+from ..prompts.enhancer import CONFIG_FILE as ENHANCER_FILE
+from ..trainer.checkpoint import MANIFEST
+
+
+logger = logging.get_logger(__name__)
+
+# of a trainer's directory, what the model is: never optimizer states, other checkpoints, caches or completions
+MODEL_FILES = [
+    "pytorch_lora_weights*.safetensors",
+    "transformer/*",
+    "transformer_2/*",
+    "scheduler/*",
+    "base_adapters/*",
+    "distill_config.json",
+    "training_args.json",
+    MANIFEST,
+]
+PAGE_FILES = ["README.md", "curves/*.png", "runs/*"]  # the card, what it shows, and TensorBoard's logs
+LEFTOVERS = [
+    "_*",
+    "*/_*",
+    "checkpoint-*",
+    "last-checkpoint/*",
+    "*.tmp",
+    "*.partial",
+    "*optimizer*",
+    "rng_state*",
+    ".*",
+]
+ATTEMPTS = 3  # of a push or a pull as a whole; the client retries single requests
+WAIT = 2.0  # seconds before the second attempt, doubled for the next
+MAX_WAIT = 60.0
+
+
+class HubError(ConnectionError):
+    """The Hub could not be reached, or refused; the message says why and what to do."""
+
+
+def push_to_hub(
+    directory: str | os.PathLike,
+    repo_id: str,
+    *,
+    repo_type: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """
+    Upload what a trainer, [`PromptEnhancer`] or [`export_student`] saved, or a folder of videos with `metadata.jsonl`.
+
+    Of a trainer's directory the model goes up (weights, configuration, scheduler, adapters of earlier stages) with its card
+    and the videos and curves on it; not checkpoints, optimizer states, caches or completions. The card's code and videos are
+    made to load from the repository.
+
+    Args:
+        directory (`str` or `PathLike`): What to upload; also one checkpoint.
+        repo_id (`str`): `"name"` or `"organisation/name"`; created if missing.
+        repo_type (`str`, *optional*): `"model"` or `"dataset"`. Default: `"dataset"` for a folder with `metadata.jsonl`.
+        private (`bool`, *optional*): Of a repository that is created. Default: as the account says.
+        token (`str`, *optional*): Default: `HF_TOKEN`, or the one `hf auth login` stored.
+        revision (`str`, *optional*): Branch; created if missing. Default: `main`.
+        commit_message (`str`, *optional*): Title of the commit.
+
+    Returns:
+        `str`: The commit's address.
+
+    Raises:
+        `ValueError`: There is nothing to upload, or the card's metadata is invalid.
+        [`HubError`]: The Hub refused, or could not be reached.
+    """
+    directory = Path(directory).expanduser()
+    if not directory.is_dir():
+        raise ValueError(f"there is no directory {os.fspath(directory)!r}: give what a trainer's save_model wrote")
+    is_dataset = (directory / "metadata.jsonl").is_file()
+    repo_type = repo_type or ("dataset" if is_dataset else "model")
+    api = HfApi(token=token)
+    repo_id = create_repository(api, repo_id, repo_type, private, revision)
+    beside = directory if os.access(directory, os.W_OK) else None  # where large files can be linked
+    with tempfile.TemporaryDirectory(prefix="_push-", dir=beside) as staging:
+        stage(directory, Path(staging), repo_id, revision, everything=is_dataset)
+        return push_folder(api, staging, repo_id, repo_type, revision, commit_message or f"Upload {directory.name}")
+
+
+def pull_from_hub(
+    repo_id: str,
+    directory: str | os.PathLike | None = None,
+    *,
+    repo_type: str = "model",
+    token: str | None = None,
+    revision: str | None = None,
+    checkpoints: bool = False,
+) -> Path:
+    """
+    Download a repository; what is there already and complete is not downloaded again.
+
+    Args:
+        repo_id (`str`): `"organisation/name"`.
+        directory (`str` or `PathLike`, *optional*): Where to. Default: the Hub's cache.
+        repo_type (`str`, *optional*, defaults to `"model"`): `"model"` or `"dataset"`.
+        token (`str`, *optional*): Default: `HF_TOKEN`, or the one `hf auth login` stored.
+        revision (`str`, *optional*): Branch, tag or commit.
+        checkpoints (`bool`, *optional*, defaults to `False`): With the checkpoints that `hub_strategy` pushed.
+
+    Returns:
+        `Path`: Where it is.
+
+    Raises:
+        [`HubError`]: The Hub refused, or could not be reached.
+    """
+
+    def pull() -> str:
+        return snapshot_download(
+            repo_id,
+            repo_type=repo_type,
+            revision=revision,
+            local_dir=directory,
+            token=token,
+            ignore_patterns=None if checkpoints else ["checkpoint-*", "last-checkpoint/*"],
+        )
+
+    return Path(retried(pull, f"cannot pull {repo_id}", token))
+
+
+def create_repository(api: HfApi, repo_id: str, repo_type: str, private: bool | None, revision: str | None) -> str:
+    """Make sure that a repository and a branch of it exist; the full id. Raises [`HubError`]."""
+
+    def create() -> str:
+        full = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        if revision not in (None, constants.DEFAULT_REVISION):
+            api.create_branch(full, branch=revision, repo_type=repo_type, exist_ok=True)
+        return full
+
+    return retried(create, f"cannot create {repo_id}", api.token)
+
+
+def push_folder(
+    api: HfApi,
+    folder: str | os.PathLike,
+    repo_id: str,
+    repo_type: str = "model",
+    revision: str | None = None,
+    commit_message: str | None = None,
+    delete_patterns: list[str] | None = None,
+) -> str:
+    """
+    Upload all of a folder in one go. What an earlier attempt has uploaded is not sent again.
+
+    Args:
+        api (`HfApi`): Whose token is used.
+        folder (`str` or `PathLike`): All of it.
+        repo_id (`str`): An existing repository.
+        repo_type (`str`, *optional*, defaults to `"model"`): `"model"` or `"dataset"`.
+        revision (`str`, *optional*): An existing branch.
+        commit_message (`str`, *optional*): Title of the commit.
+        delete_patterns (`list[str]`, *optional*): What to delete of the repository, where the folder has no such file.
+
+    Returns:
+        `str`: The commit's address.
+
+    Raises:
+        [`HubError`]: The Hub refused, or could not be reached.
+    """
+
+    def push() -> str:
+        info = api.upload_folder(
+            repo_id=repo_id,
+            repo_type=repo_type,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message,
+            delete_patterns=delete_patterns,
+        )
+        return info.commit_url
+
+    return retried(push, f"cannot push to {repo_id}", api.token)
+
+
+def retried(action: Callable[[], str], what: str, token: str | bool | None = None) -> str:
+    """Do it, again after what a second attempt may mend; else a [`HubError`]."""
+    wait = WAIT
+    for attempt in range(ATTEMPTS):
+        try:
+            return action()
+        except (HTTPError, OSError, RuntimeError) as error:  # the client wraps failed uploads in a RuntimeError
+            cause = _cause(error)
+            if cause is None:
+                raise
+            if not _may_pass(cause) or attempt == ATTEMPTS - 1:
+                # not `from error`, whose texts may hold what must not be logged
+                raise HubError(hide_tokens(f"{what}: {explain(cause)}", token)) from None
+            again = _retry_after(cause) or wait
+            logger.warning(hide_tokens(f"{what}: {explain(cause)}; trying again in {again:g} s", token))
+        time.sleep(min(again, MAX_WAIT))
+        wait *= 2
+
+
+def _cause(error: BaseException | None) -> BaseException | None:
+    """The answer of the Hub, or the network's failure, behind an error; `None` if it has to do with neither."""
+    while error is not None:
+        if isinstance(error, (HTTPError, ConnectionError)):
+            return error
+        error = error.__cause__
+    return None
+
+
+def _status(error: BaseException) -> int | None:
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+
+
+def _may_pass(error: BaseException) -> bool:
+    return _status(error) in (None, 408, 429, 500, 502, 503, 504)
+
+
+def _retry_after(error: BaseException) -> float | None:
+    value = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
+    return float(value) if value.isdigit() else None
+
+
+def explain(error: BaseException) -> str:
+    """One line on what went wrong and what to do."""
+    status = _status(error)
+    said = f" The Hub says: {error.server_message}" if status and getattr(error, "server_message", None) else ""
+    advice = {
+        400: "the Hub does not accept this.",
+        401: "the token is missing or not valid, or there is no such repository (of private ones the Hub says the same): "
+        "log in with `hf auth login`, or set HF_TOKEN.",
+        403: "the token may not do this: use one with write access to this namespace (`hf auth login`), or another "
+        "repository.",
+        404: "there is no such repository, file or revision, or it is private and the token may not read it.",
+        409: "the repository is being changed by somebody else.",
+        413: "it is too large for the Hub.",
+        429: "the Hub limits how often it can be asked: try again later.",
+    }
+    if status is not None:
+        default = "the Hub is out of order: try again later." if status >= 500 else "the Hub refuses."
+        return f"{advice.get(status, default)} ({status}){said}"
+    return f"the connection to {constants.ENDPOINT} failed ({type(error).__name__}: {error}): check the network"
+
+
+def hide_tokens(text: str, token: str | bool | None = None) -> str:
+    """The text without tokens."""
+    for secret in (token, get_token()):
+        if isinstance(secret, str) and secret:
+            text = text.replace(secret, "***")
+    return re.sub(r"\bhf_\w{8,}", "***", text)
+
+
+# ---- What goes up ----
+
+
+def stage(
+    directory: Path,
+    staging: Path,
+    repo_id: str,
+    revision: str | None = None,
+    *,
+    page: Path | None = None,
+    everything: bool = False,
+) -> None:
+    """
+    Put what is to be uploaded into `staging`, where no training can change it any more. Large files are linked.
+
+    Args:
+        directory (`Path`): Whose weights: a trainer's directory, a checkpoint, an enhancer, a pipeline.
+        staging (`Path`): An empty directory.
+        repo_id (`str`): Where the card's code is to load from.
+        revision (`str`, *optional*): Of the repository.
+        page (`Path`, *optional*): Whose card. Default: `directory`, or of a checkpoint its run's.
+        everything (`bool`, *optional*, defaults to `False`): All files, as of a dataset.
+
+    Raises:
+        `ValueError`: There is no model.
+    """
+    names = [str(p.relative_to(directory).as_posix()) for p in sorted(directory.rglob("*")) if p.is_file()]
+    whole = everything or any((directory / name).is_file() for name in ("model_index.json", ENHANCER_FILE))
+    if whole:
+        names = list(filter_repo_objects(names, ignore_patterns=LEFTOVERS))
+    else:
+        weights = list(filter_repo_objects(names, allow_patterns=[*MODEL_FILES[:3]]))
+        if not weights:
+            raise ValueError(
+                f"there is no trained model in {os.fspath(directory)!r}: neither pytorch_lora_weights.safetensors nor "
+                "transformer/, model_index.json, prompt_enhancer.json or (of a dataset) metadata.jsonl"
+            )
+        names = list(filter_repo_objects(names, allow_patterns=MODEL_FILES, ignore_patterns=LEFTOVERS))
+    for name in names:
+        place(directory / name, staging / name)
+    if everything:
+        return
+    if page is None:
+        page = directory.parent if directory.name.startswith("checkpoint-") else directory
+    card = page / "README.md"
+    if not card.is_file():
+        logger.warning(f"there is no README.md in {page}: the repository has no card")
+        return
+    text = card.read_text(encoding="utf-8")
+    shown = [p.relative_to(page).as_posix() for p in sorted(page.rglob("*")) if p.is_file()]
+    for name in [*filter_repo_objects(shown, allow_patterns=PAGE_FILES[1:]), *_media(text)]:
+        if (page / name).is_file():
+            place(page / name, staging / name, copy=True)
+    (staging / "README.md").unlink(missing_ok=True)  # may be a link to the file that is being read
+    (staging / "README.md").write_text(card_for(text, repo_id, revision), encoding="utf-8")
+
+
+def place(source: Path, target: Path, copy: bool = False) -> None:
+    """Link (or, where that cannot be, copy) a file. Only files that are replaced, never rewritten, may be linked."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not copy:
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # another file system, or one without links
+            pass
+    shutil.copyfile(source, target)
+
+
+MARKER = re.compile(r'<!-- vidtrl: the code above loads from ("(?:[^"\\]|\\.)*") -->')
+_VIDEO = re.compile(r'(<video [^>]*src=")(?!https?:)(?:\./)?([^"]+)(")')
+
+
+def _media(text: str) -> list[str]:
+    """Paths of the videos that a card shows, those outside its directory left out."""
+    paths = [match[2] for match in _VIDEO.finditer(text)]
+    return [p for p in paths if not p.startswith("/") and ".." not in Path(p).parts]
+
+
+def card_for(text: str, repo_id: str, revision: str | None = None) -> str:
+    """
+    A card whose code loads from the repository, and whose videos the Hub's page plays.
+
+    The page takes videos by their full address; the gallery's paths (`widget`) may stay relative.
+
+    Args:
+        text (`str`): The card.
+        repo_id (`str`): Where it will be.
+        revision (`str`, *optional*): Of that.
+    """
+    if (marker := MARKER.search(text)) is not None:
+        text = text.replace(marker[1], f'"{repo_id}"')
+    text = text.replace('"PATH_OR_REPOSITORY"', f'"{repo_id}"')
+    base = f"{constants.ENDPOINT}/{repo_id}/resolve/{revision or constants.DEFAULT_REVISION}/"
+    return _VIDEO.sub(rf"\g<1>{base}\g<2>\g<3>", text)
