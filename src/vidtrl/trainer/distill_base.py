@@ -214,6 +214,11 @@ class DistillBase(ClipTrainer):
         return self.args.rollout != "data"
 
     @property
+    def cached_negative_prompt(self) -> str | None:
+        guided = self.args.teacher_guidance_scale != 1.0 and self.teacher.family.image
+        return self.args.negative_prompt if guided else None
+
+    @property
     def kept_encoders(self) -> tuple[str, ...]:
         return ("vae",) if self.args.stream_num_frames is not None else ()  # windows begin with an encoded image
 
@@ -229,13 +234,13 @@ class DistillBase(ClipTrainer):
         if split == "train":
             self._prompts_digest = prompts_digest(rows)
         own = self.teacher is not self.video_model and not self._share_conditions(*plan.buckets[0])
-        extra = {}
+        extra, told, negative = {}, prepared, {"text_only": True, "negative_prompt": self.cached_negative_prompt}
         if own:
-            extra["teacher_condition"] = self.build_cache(rows, plan, text_only=True, model=self.teacher)
+            told = extra["teacher_condition"] = self.build_cache(rows, plan, model=self.teacher, **negative)
         if args.teacher_guidance_scale != 1.0:
             if self.teacher.family.image:  # every prompt's other branch has its image
-                negative = {"model": self.teacher, "negative_prompt": args.negative_prompt}
-                extra["negative_condition"] = self.build_cache(rows, plan, text_only=True, **negative)
+                told = self.build_cache(rows, plan, **negative) if isinstance(told, VideoDataset) else told
+                extra["negative_condition"] = told.negatives()
             else:
                 row = {"prompt": args.negative_prompt, "fps": args.fps}
                 for num_frames, height, width in plan.buckets:

@@ -242,18 +242,19 @@ class VideoDistillTrainer(DistillBase):
         """DMD (https://huggingface.co/papers/2311.18828, eq. 7) or SiD (https://huggingface.co/papers/2404.04057)."""
         args = self.args
         x, mask = self.rollout(inputs, sources, grad=torch.is_grad_enabled())
-        sigma = self.score_sigma(sources)
+        free, sigma = inputs["condition"].free(x.device), self.score_sigma(sources)
         noise = randn(x.shape[1:], sources)
         if args.loss_type == "sid":  # its gradient flows through both scores, and into neither's weights
             x_s = flow.add_noise(x, noise, sigma)
-            loss = dm.sid_loss(x, self._fake_x0(x_s, sigma, inputs), self._teacher_x0(x_s, sigma, inputs), mask=mask)
+            fake, real = self._fake_x0(x_s, sigma, inputs), self._teacher_x0(x_s, sigma, inputs)
+            loss = dm.sid_loss(x, fake, real, mask=mask, free=free)
         else:
             with torch.no_grad():
                 x_s = flow.add_noise(x, noise, sigma)
                 fake, real = self._fake_x0(x_s, sigma, inputs), self._teacher_x0(x_s, sigma, inputs)
-            loss = dm.dmd_loss(x, fake, real, mask=mask)
-            counted = torch.ones_like(x) if mask is None else mask.expand_as(x)
-            squares = counted * dm.dmd_gradient(x, fake, real).square()
+            loss = dm.dmd_loss(x, fake, real, mask=mask, free=free)
+            counted = torch.ones_like(x) * (1 if mask is None else mask) * (1 if free is None else free)
+            squares = counted * dm.dmd_gradient(x, fake, real, free).square()
             self.means.add("dmd_gradient", torch.sqrt(squares.flatten(1).sum(1) / counted.flatten(1).sum(1)))
         self.means.generated(x)
         return loss, x.detach()
@@ -268,8 +269,9 @@ class VideoDistillTrainer(DistillBase):
         else:  # other noise than what x was made of
             sources = generators([draw_seed(draw) for draw in inputs["draws"]], self.args.device)
         sigma, noise = self.score_sigma(sources), randn(x.shape[1:], sources)
-        velocity = self._velocity("fake", flow.add_noise(x, noise, sigma), sigma, self.rollout_condition(inputs))
-        error = dm.critic_loss(velocity, x, noise, self.video_model.native_weight(sigma))
+        condition = self.rollout_condition(inputs)
+        velocity = self._velocity("fake", flow.add_noise(x, noise, sigma), sigma, condition)
+        error = dm.critic_loss(velocity, x, noise, self.video_model.native_weight(sigma), condition.free(x.device))
         self.means.add_by_sigma("critic_loss", sigma, error)
         return error.mean(), x
 
@@ -282,16 +284,16 @@ class VideoDistillTrainer(DistillBase):
         grid = self.noise_levels(torch.linspace(1, 0, args.teacher_steps + 1)[:-1]).to(clean.device)
         grid = torch.cat([grid, grid.new_zeros(1)])
         sigma, sigma_next = grid[index], grid[index + 1]
-        x = _mix(clean, noise, sigma)
+        x = condition.with_fixed(_mix(clean, noise, sigma))
         with torch.no_grad():
             velocity = self._teacher_velocity(x, sigma, inputs, clean)
             x_next = x + _frames(sigma_next - sigma) * velocity
             with self._target_weights():
                 target = self._student_x0(x_next, sigma_next, condition, clean)
-            # at the end f is the identity, whatever the model says (given frames of image-to-video have no velocity there)
+            # at the end f is the identity, whatever the model says (what an image gives has no velocity there)
             target = torch.where(_frames(sigma_next) > 0, target, x_next)
         prediction = self._student_x0(x, sigma, condition, clean)
-        return cm.consistency_loss(prediction, target, args.consistency_weighting)
+        return cm.consistency_loss(prediction, target, args.consistency_weighting, condition.free(x.device))
 
     def _continuous_loss(self, inputs: dict, sources: list[torch.Generator]) -> Tensor:
         """sCM in rCM's form (https://huggingface.co/papers/2510.08431): the derivative along the teacher's trajectory."""
@@ -310,7 +312,7 @@ class VideoDistillTrainer(DistillBase):
         tangent = cm.jvp_tangent if args.tangent == "jvp" else cm.finite_difference_tangent
         tangent = tangent(function, x_t, t, teacher_F)
         r = min(1.0, (self.state.global_step + 1) / args.tangent_warmup_steps)
-        return cm.scm_loss(function(x_t, t), teacher_F, tangent, x_t, t, r=r)
+        return cm.scm_loss(function(x_t, t), teacher_F, tangent, x_t, t, r=r, free=condition.free(x_t.device))
 
     def _regression_loss(self, inputs: dict, sources: list[torch.Generator]) -> Tensor:
         """From a point of the teacher's trajectory to its end (CausVid, https://huggingface.co/papers/2412.07772, eq. 6)."""
@@ -324,7 +326,9 @@ class VideoDistillTrainer(DistillBase):
             x = states[torch.arange(len(states)), index]
         else:  # every frame from its own state
             x = states.gather(1, index[:, None, None, :, None, None].expand(-1, 1, *clean.shape[1:]))[:, 0]
-        return cm.ode_regression_loss(self._student_x0(x, sigma, inputs["condition"], clean), clean, sigma)
+        condition = inputs["condition"]
+        prediction = self._student_x0(condition.with_fixed(x), sigma, condition, clean)
+        return cm.ode_regression_loss(prediction, clean, sigma, condition.free(x.device))
 
     # ---- What the student generates ----
 
@@ -342,7 +346,8 @@ class VideoDistillTrainer(DistillBase):
             index = self._draw_index(clean, sources, len(self.sigmas))
             sigma = torch.tensor(self.sigmas, device=clean.device)[index]
             with torch.set_grad_enabled(grad):
-                return self._student_x0(_mix(clean, noise, sigma), sigma, condition, clean), None
+                x = condition.with_fixed(_mix(clean, noise, sigma))
+                return self._student_x0(x, sigma, condition, clean), None
         # one exit for the micro-batches of a step and for all processes
         exit_step = random.Random(draw_seed(args.seed, self.state.global_step)).randrange(len(self.sigmas))
         exit_step = exit_step if self.model.training else len(self.sigmas) - 1
@@ -495,7 +500,7 @@ class VideoDistillTrainer(DistillBase):
         grid, where = trajectory_grid(args.denoising_steps, args.teacher_steps)
         sigmas = [*self.noise_levels(grid[:-1]).tolist(), 0.0]
         x = randn(shape, generators([draw_seed(args.seed, row) for row in rows], args.device))
-        x, states = x * self.video_model.noise_scale(sigmas[0]), []
+        x, states = inputs["condition"].with_fixed(x * self.video_model.noise_scale(sigmas[0])), []
         with torch.no_grad():
             for i, sigma in enumerate(sigmas):
                 if i in where:
