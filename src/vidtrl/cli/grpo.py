@@ -28,6 +28,7 @@ from .sft import (
     QuantizationArguments,
     ScriptArguments,
     fit,
+    image_paths,
     load,
     load_split,
     model_init_kwargs,
@@ -107,6 +108,7 @@ def load_prompts(script_args: GRPOScriptArguments, split: str):
             raise UserError(f"dataset_name {name!r} must be one of {', '.join(PROMPT_FILES)}, a folder, or a Hub id")
         reading = {"encoding": "utf-8-sig"} if builder == "text" else {}  # editors may begin a file with a mark
         dataset = load(script_args, split, builder, data_files=str(path), **reading)
+        dataset = image_paths(dataset, path.parent)
         if builder == "text":
             dataset = dataset.filter(lambda row: bool(row["text"].strip())).rename_column("text", "prompt")
     else:

@@ -28,7 +28,8 @@ class ScriptArguments:
         model_name_or_path (`str`): Id on the Hub, or directory of a diffusers pipeline. Required.
         model_revision (`str`, *optional*): Branch, tag or commit.
         torch_dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`, for the frozen weights.
-        dataset_name (`str`): Id on the Hub, or a folder of clips (VideoFolder). Required.
+        dataset_name (`str`): Id on the Hub, or a folder of clips (VideoFolder). A column `image` of its metadata, for
+            image-to-video models, holds paths inside the folder. Required.
         dataset_config (`str`, *optional*): Configuration name, as in [`~datasets.load_dataset`].
         dataset_train_split (`str`, *optional*, defaults to `"train"`): Slices such as `"train[:90%]"` work.
         dataset_test_split (`str`, *optional*, defaults to `"test"`): Read only with `eval_strategy`.
@@ -207,8 +208,40 @@ def load_split(script_args: ScriptArguments, split: str):
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise UserError(f"dataset folder {name!r} does not exist")
     local = Path(name).expanduser()
-    source = str(local) if local.is_dir() else name
-    return load(script_args, split, source, script_args.dataset_config)
+    if not local.is_dir():
+        return load(script_args, split, name, script_args.dataset_config)
+    from ..data.video import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+
+    found = {path.suffix.lower() for path in local.rglob("*")}
+    if found & set(VIDEO_EXTENSIONS) and found & set(
+        IMAGE_EXTENSIONS
+    ):  # datasets would guess which of them it is about
+        dataset = load(script_args, split, "videofolder", script_args.dataset_config, data_dir=str(local))
+    else:
+        dataset = load(script_args, split, str(local), script_args.dataset_config)
+    return image_paths(dataset, local, local / split.split("[")[0])
+
+
+def image_paths(dataset, *folders: Path):
+    """
+    The paths of a column `image` as absolute ones.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): Other kinds of columns stay as they are.
+        *folders (`Path`): What the paths are relative to: the first that has the file.
+
+    Raises:
+        `ValueError`: If a path leads out of its folder.
+    """
+    from datasets import Value
+
+    from ..data.columns import inside
+
+    def resolve(row: dict) -> dict:
+        paths = [inside(folder, row["image"]) for folder in folders] if row["image"] else [None]
+        return {"image": next((path for path in paths if path and Path(path).exists()), paths[0])}
+
+    return dataset.map(resolve) if (dataset.features or {}).get("image") == Value("string") else dataset
 
 
 def load(script_args: ScriptArguments, split: str, *source, **kwargs):
