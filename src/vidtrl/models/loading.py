@@ -9,6 +9,28 @@ from diffusers import DiffusionPipeline
 from .families import find_family
 
 
+def pipeline_index(path: str, **hub: Any) -> dict[str, Any]:
+    """The `model_index.json` of a supported family.
+
+    Args:
+        path: Hub id or local directory.
+        **hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        ValueError: nothing can be loaded from there, or the family is not supported.
+    """
+    _check_path(path)
+    try:
+        index = DiffusionPipeline.load_config(path, **hub)
+    except OSError as error:
+        raise ValueError(
+            f"Cannot load a pipeline from {path!r}: it is neither a local directory with a model_index.json nor a Hub "
+            "repository that is cached or can be reached. Check the spelling, the network and your token."
+        ) from error
+    find_family(index["_class_name"])
+    return index
+
+
 def load_pipeline(model: str | os.PathLike, **options: Any) -> DiffusionPipeline:
     """`DiffusionPipeline.from_pretrained` for a supported family.
 
@@ -19,16 +41,10 @@ def load_pipeline(model: str | os.PathLike, **options: Any) -> DiffusionPipeline
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"model must be a Hub id, a path or a diffusers pipeline, got {type(model).__name__}.")
     path = os.fspath(model)
-    _check_path(path)
-    hub = {k: options[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in options}
-    try:
-        index = DiffusionPipeline.load_config(path, **hub)
-    except OSError as error:
-        raise ValueError(
-            f"Cannot load a pipeline from {path!r}: it is neither a local directory with a model_index.json nor a Hub "
-            "repository that is cached or can be reached. Check the spelling, the network and your token."
-        ) from error
-    find_family(index["_class_name"])
+    pipeline_index(
+        path,
+        **{k: options[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in options},
+    )
     return DiffusionPipeline.from_pretrained(path, **options)
 
 

@@ -1,0 +1,572 @@
+"""One step of each trainer on fake tensors: what is evaluated, kept and freed, in the trainer's order."""
+
+import contextlib
+import copy
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import PeftConfig
+from PIL import Image
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import Trainer
+
+from ..diffusion import distribution_matching as dm
+from ..diffusion import flow
+from ..models import CausalAttention, Condition, VideoModel
+from ..models.causal import KVCache
+from ..models.roles import Roles, checkpoint_under
+from ..rollout.causal import causal_rollout
+from ..rollout.sampling import guided_velocity
+from .base_config import VideoTrainingConfig
+from .base_trainer import VideoTrainer
+from .distill_config import VideoDistillConfig
+from .ema import WeightAverage
+from .experts import EXPERTS
+from .lora import ADAPTER_FILE, add_lora
+from .memory_trace import MemoryTrace, on_meta, pipeline_skeleton, stubbed_encoders
+
+
+Phase = dict[str, int]
+SIGMA = 0.5  # memory does not depend on it
+
+
+class Run:
+    """
+    A run of a trainer, up to the point where its steps can be traced: model, adapter, roles, optimizer, conditions.
+
+    Args:
+        args ([`VideoTrainingConfig`]): Filled with the pipeline's own size where none is set.
+        model, peft_config, teacher_model: As the trainer takes them.
+        role (`str`): What the trainer calls the policy that it trains.
+    """
+
+    def __init__(
+        self,
+        args: VideoTrainingConfig,
+        model: str | os.PathLike | DiffusionPipeline,
+        peft_config: PeftConfig | None,
+        teacher_model: str | os.PathLike | DiffusionPipeline | None = None,
+        role: str = "policy",
+    ):
+        self.args, self.peft_config, self.role = args, peft_config, role
+        self.fake, self.trace = FakeTensorMode(allow_non_fake_inputs=True), MemoryTrace()
+        self.name = type(model).__name__ if isinstance(model, DiffusionPipeline) else os.fspath(model)
+        self.model = self._load(model)
+        pipe, denoisers = self.model.pipe, self.model.denoisers
+        if args.experts is not None and len(denoisers) == 1:
+            raise ValueError(
+                f"experts={args.experts!r} needs a model with two denoisers; {type(pipe).__name__} has one"
+            )
+        name = EXPERTS.get(args.experts, next(iter(denoisers)))
+        self.denoiser = denoisers[name]
+        self.both_trained = len(denoisers) > 1 and args.experts not in EXPERTS
+        # full fine-tuning moves no expert whose weights are trained
+        swapped = args.offload_experts and not (self.both_trained and peft_config is None)
+        others = sum(nbytes(module.parameters()) for n, module in denoisers.items() if n != name)
+        self.other_expert_bytes = 0 if swapped else others
+        self.encoder_bytes = sum(
+            nbytes(module.parameters())
+            for part, module in pipe.components.items()
+            if isinstance(module, nn.Module) and part not in denoisers and part != "vae"
+        )
+        self.vae_bytes = nbytes(pipe.vae.parameters())
+        self.size = self._size()
+        self.latent_shape = self.model.latent_shape(*self.size)
+        self.base_adapter_bytes = self._base_adapters(model, name)
+        self.condition, self.negative = self._condition(self.model), self._condition(self.model, negative=True)
+        # one expert is trained, and only it is called here
+        self.model.denoisers, self.model.boundary = {name: self.denoiser}, None
+        self.teacher, self.teacher_conditions = self.model, (self.condition, self.negative)
+        if teacher_model is not None:
+            self.teacher = self._load(teacher_model)
+            self.teacher_conditions = tuple(self._condition(self.teacher, negative=n) for n in (False, True))
+        self.further_roles = further_roles(args, own_teacher=teacher_model is not None)
+        causal = getattr(args, "is_causal", getattr(args, "causal", None) is not None)
+        self.causal = CausalAttention(self.model) if causal else None
+        self._add_policy()
+
+    def _load(self, model) -> VideoModel:
+        kwargs = dict(self.args.model_init_kwargs or {})
+        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
+        dtype = None
+        if not isinstance(model, DiffusionPipeline):
+            # as `VideoTrainer` loads it
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+            dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+            if dtype is None:
+                dtype = torch.bfloat16 if self.args.bf16 and self.peft_config is not None else torch.float32
+        return VideoModel(pipeline_skeleton(model, dtype, self.fake, **hub))
+
+    def _size(self) -> tuple[int, int, int]:
+        """(frames, height, width) of the largest batch."""
+        args, model = self.args, self.model
+        rules = args.shape_rules() if hasattr(args, "shape_rules") else {}
+        if rules.get("buckets"):
+            return max(rules["buckets"], key=lambda b: b[0] * b[1] * b[2])
+        if rules.get("resolution"):
+            if args.num_frames is None:
+                raise ValueError(
+                    "an estimate over resolution buckets needs num_frames: set the largest number of frames"
+                )
+            return args.num_frames, *model.nearest_size(*[max(rules["resolution"])] * 2)
+        VideoTrainer.fill_shape(SimpleNamespace(args=args, video_model=model))
+        return args.num_frames, args.height, args.width
+
+    def _condition(self, model: VideoModel, negative: bool = False) -> Condition:
+        args, (frames, height, width) = self.args, self.size
+        kwargs = dict(args.pipeline_kwargs or {})
+        if args.max_sequence_length is not None:
+            kwargs["max_sequence_length"] = args.max_sequence_length
+        image = Image.new("RGB", (width, height)) if model.family.image else None
+        fps = args.fps if model.family.fps_argument else None
+        with stubbed_encoders(model):
+            return model.condition("a", height, width, frames, image=image, fps=fps, negative=negative, **kwargs)
+
+    def _base_adapters(self, model, name: str) -> int:
+        """Adapters of earlier stages: those that the pipeline carries, and files on disk (those of the Hub are not fetched)."""
+        size = 0
+        if isinstance(model, DiffusionPipeline):
+            size += nbytes(p for n, p in getattr(model, name).named_parameters() if ".lora_" in n)
+        for adapter in self.args.base_adapters or ():
+            path = Path(adapter).expanduser()
+            path = path / ADAPTER_FILE if path.is_dir() else path
+            if adapter.startswith((".", "/", "~")) and not path.is_file():
+                raise ValueError(f"base_adapters: there is no adapter at {adapter!r}")
+            size += path.stat().st_size if path.is_file() else 0
+        return size
+
+    # ---- Roles and optimizer ----
+
+    def _add_policy(self) -> None:
+        args, self.policies = self.args, Roles()
+        self.trained = self.denoiser.requires_grad_(self.peft_config is None)
+        self.copies: dict[str, nn.Module] = {}
+        if args.gradient_checkpointing:
+            states = [self.policies] + ([self.causal] if self.causal is not None else [])
+            # the generator's state would be a real tensor
+            function = functools.partial(checkpoint_under(*states), preserve_rng_state=False)
+            self.denoiser.enable_gradient_checkpointing(function)
+        with on_meta(self.denoiser, self.fake):
+            if self.peft_config is not None:
+                self.trained = add_lora(self.denoiser, self.peft_config)
+                if "fake" in self.further_roles:
+                    self.trained.add_adapter("fake", copy.deepcopy(self.trained.peft_config["default"]))
+            else:
+                copied = copy.deepcopy if self.causal is None else self.causal.copied
+                self.copies = {role: copied(self.denoiser) for role in self.further_roles}
+        for module in self.copies.values():
+            with on_meta(module, self.fake):
+                pass  # its own fake weights
+        self.trained.train()
+        adapters = None if self.peft_config is None else ("default",)
+        self.policies.add(self.role, self.trained, adapters, trained=True)
+        if adapters is not None:
+            self.policies.add("base", self.trained, ())
+        with self.tracing():
+            self.trace.own(condition_tensors(self.condition), "latents")
+            for name, p in self.trained.named_parameters():
+                self.trace.own([p], "adapters" if ".lora_" in name else "denoiser")
+            if args.ema_decay is not None:
+                self.average = WeightAverage(self.trained, args.ema_decay)
+                self.trace.own(self.average.average.values(), "ema")
+
+    def trained_parameters(self, *roles: str) -> list[nn.Parameter]:
+        """The weights of some roles, or of the policy."""
+        return [p for role in roles or (self.role,) for p in self.policies.parameters(role).values()]
+
+    def add_optimizer(self, *roles: str) -> None:
+        """The optimizer of the configuration with its states over the weights of these roles."""
+        with self.tracing():
+            parameters = self.trained_parameters(*roles)
+            kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = kind(parameters, **kwargs)
+            for p in parameters:
+                p.grad = torch.zeros_like(p)
+            self.optimizer.step()
+            state = [v for values in self.optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
+            self.trace.own(state, "optimizer")
+            for p in parameters:
+                p.grad = None
+        for role in roles or (self.role,):
+            with self.policies.active(role):  # a hook needs requires_grad
+                for p in self.trained_parameters(role):
+                    p.register_post_accumulate_grad_hook(lambda p: self.trace.own([p.grad], "gradients"))
+
+    # ---- Tracing ----
+
+    @contextlib.contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Operations are on fake tensors and counted inside this context."""
+        with self.fake, self.trace:
+            yield
+
+    def autocast(self, cache: bool = True) -> torch.autocast:
+        """As the accelerator's."""
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16
+        enabled = bool(self.args.bf16 or self.args.fp16)
+        return torch.autocast("cpu", dtype=dtype, enabled=enabled, cache_enabled=cache)
+
+    def peak_of(self, function: Callable[[], Any], **resident: int) -> Phase:
+        """The parts at the largest moment of a function; `resident` is what else is there all the time."""
+        with self.tracing():
+            self.trace.restart()
+            function()
+            peak = dict(self.trace.peak)
+        for part, size in {**resident, "adapters": self.base_adapter_bytes}.items():
+            peak[part] = peak.get(part, 0) + size
+        if self.both_trained:  # the other expert's share of what is kept; a micro-batch is one expert's
+            for part in ("adapters", "optimizer", "ema", "roles"):
+                peak[part] = 2 * peak.get(part, 0)
+            if self.args.gradient_accumulation_steps > 1:
+                peak["gradients"] = 2 * peak.get("gradients", 0)
+            peak["denoiser"] += self.other_expert_bytes
+        return peak
+
+    def latents(self, number: int, *, copies: int = 1) -> list[Tensor]:
+        """Float32 tensors of the run's latent shape, counted as latents."""
+        tensors = [torch.empty(number, *self.latent_shape) for _ in range(copies)]
+        self.trace.own(tensors, "latents")
+        return tensors
+
+    def update(self, loss: Callable[[], Tensor], role: str, repeats: int, cache: bool = True) -> None:
+        """Forward, backward (`repeats` micro-batches that accumulate), clipping and the optimizer's step."""
+        parameters = self.trained_parameters(role)
+        for _ in range(repeats):
+            with self.policies.active(role):
+                with self.autocast(cache):
+                    value = loss()
+                value.float().backward()
+            del value
+        if self.args.max_grad_norm:
+            nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        self.optimizer.step()
+        for p in parameters:
+            p.grad = None
+
+    def velocity(
+        self, x: Tensor, condition: Condition, sigma=SIGMA, denoiser: nn.Module | None = None, model=None
+    ) -> Tensor:
+        """[`VideoModel.velocity`] of the trained module, or of another role's."""
+        batch = condition[[0] * len(x)]
+        return (model or self.model).velocity(x, sigma, batch, denoiser=denoiser or self.trained)
+
+    def encode(self, number: int) -> tuple[Tensor, Tensor]:
+        """Clips (`number`, F, 3, H, W) through the VAE."""
+        frames, height, width = self.size
+        videos = torch.empty(number, frames, 3, height, width)
+        self.trace.own([videos], "latents")
+        return self.model.encode(videos)
+
+    def setting(self) -> dict[str, Any]:
+        """What the figures depend on, in words."""
+        args, (frames, height, width) = self.args, self.size
+        trained, every = (sum(p.numel() for p in ps) for ps in (self.trained_parameters(), self.trained.parameters()))
+        return {
+            "frames x height x width": f"{frames}x{height}x{width}",
+            "batch": args.per_device_train_batch_size,
+            "weights": str(self.denoiser.dtype).removeprefix("torch."),
+            "autocast": "bfloat16" if args.bf16 else "float16" if args.fp16 else "off",
+            "gradient_checkpointing": "on" if args.gradient_checkpointing else "off",
+            "trained parameters": f"{trained / 1e6:.1f} of {every / 1e6:.1f} million",
+        }
+
+    def preparation(self, clips: bool) -> Phase:
+        """Everything on the device at once; the VAE encodes clip by clip."""
+        resident = {"text_encoder": self.encoder_bytes, "vae": self.vae_bytes}
+        peak = self.peak_of((lambda: self.encode(1)) if clips else (lambda: None), **resident)
+        return {part: size for part, size in peak.items() if part not in ("adapters", "ema")}  # they come later
+
+
+def further_roles(args: VideoTrainingConfig, own_teacher: bool) -> list[str]:
+    """Roles of a distillation that are copies of the student, or adapters beside its own (a teacher needs none then)."""
+    if not isinstance(args, VideoDistillConfig):
+        return []
+    return ["fake"] * args.matches_distributions + ["teacher"] * (not own_teacher)
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, shared ones once."""
+    return sum({id(t): t.nbytes for t in tensors}.values())
+
+
+def condition_tensors(condition: Condition) -> list[Tensor]:
+    """All tensors that belong to its clips."""
+    return [t for sample in condition.samples for t in sample.values()]
+
+
+def kinds_of_passes(
+    run: Run, clean: Tensor, x: Tensor, denoiser: nn.Module, model: VideoModel, condition, causal
+) -> Tensor:
+    """A velocity of clips as `causal` shows them to a causal model; else the plain one."""
+    mode, length = run.args.causal, getattr(run.args, "frames_per_block", None)
+    if causal is None or mode is None:
+        return run.velocity(x, condition, denoiser=denoiser, model=model)
+    frames = x.shape[2]
+    sigma = torch.full((len(x), frames), SIGMA)
+    if mode == "diffusion_forcing":
+        with causal.block_causal(length):
+            return run.velocity(x, condition, sigma, denoiser, model)
+    both, levels = torch.cat([clean, x], 2), torch.cat([torch.zeros_like(sigma), sigma], 1)
+    with causal.teacher_forcing(length):
+        return run.velocity(both, condition, levels, denoiser, model)[:, :, frames:]
+
+
+# ---- SFT ----
+
+
+def sft_phases(run: Run) -> dict[str, Phase]:
+    """Encoding of clips and prompts, then the training step; without a cache both at once."""
+    args, batch = run.args, run.args.per_device_train_batch_size
+    phases = {"preparation": run.preparation(clips=args.cache)}
+    run.add_optimizer()
+
+    def loss() -> Tensor:
+        if args.cache:
+            mean, std = run.latents(batch, copies=2)
+        else:
+            with torch.no_grad():
+                mean, std = run.encode(batch)
+        x0 = mean + std * torch.randn_like(mean)
+        noise = torch.randn_like(x0)
+        target = flow.velocity_target(x0, noise)
+        x = flow.add_noise(x0, noise, SIGMA)
+        velocity = kinds_of_passes(run, x0, x, run.trained, run.model, run.condition, run.causal)
+        return (velocity.float() - target).square().flatten(1).mean(1).mean()
+
+    repeats = min(2, args.gradient_accumulation_steps)
+    resident = {} if args.cache else {"text_encoder": run.encoder_bytes, "vae": run.vae_bytes}
+    phases["training step"] = run.peak_of(lambda: run.update(loss, "policy", repeats), **resident)
+    return phases
+
+
+# ---- GRPO ----
+
+
+def grpo_phases(run: Run) -> dict[str, Phase]:
+    """Encoding, a rollout with its decoded videos, and the update; encoders stay on the device."""
+    args, model = run.args, run.model
+    batch, rollout_batch = (
+        args.per_device_train_batch_size,
+        args.rollout_batch_size or args.per_device_train_batch_size,
+    )
+    videos = batch * args.steps_per_generation
+    encoders = {"text_encoder": run.encoder_bytes, "vae": run.vae_bytes}
+    phases = {"preparation": run.preparation(clips=False)}
+    regression = args.loss_type in ("nft", "awm")
+    with run.tracing():
+        roles = {}
+        if regression:
+            roles["old"] = WeightAverage(run.trained, 0.5)
+        if args.beta > 0 and (args.sync_ref_model or run.peft_config is None):
+            roles["reference"] = WeightAverage(run.trained, 0.5)
+        for role in roles.values():
+            run.trace.own(role.average.values(), "roles")
+    run.add_optimizer()
+    if regression:
+        kept, drawn = 3 * args.num_train_sigmas, 1  # x0, noise and the old policy's velocity
+    else:
+        drawn = args.num_inference_steps if args.sde_schedule == "all" else args.sde_steps
+        kept = 3 * drawn  # where each step started, what was drawn there, and its mean
+    negative = run.negative if args.guidance_scale != 1.0 else None
+    guided = functools.partial(
+        guided_velocity, model, batched=args.batch_guidance, guidance_scale=args.guidance_scale, denoiser=run.trained
+    )
+
+    def velocity(number: int) -> Tensor:
+        x = torch.randn(number, *run.latent_shape)
+        return guided(x, SIGMA, run.condition[[0] * number], negative)
+
+    def rollout() -> None:
+        old = roles["old"].swapped_in() if args.loss_type == "nft" else contextlib.nullcontext()
+        memory = run.latents(videos, copies=1 + kept)
+        with old, torch.no_grad():
+            with run.autocast():
+                velocity(min(rollout_batch, videos))
+            frames, height, width = run.size
+            chunk = min(args.vae_batch_size, videos)
+            finished = [torch.empty(videos - chunk, frames, 3, height, width)]
+            run.trace.own(finished, "latents")
+            finished += model.decode(memory[0][:chunk], chunk_size=chunk)
+
+    def loss() -> Tensor:
+        x, drawn_x, mean = run.latents(batch, copies=3)
+        if args.beta > 0:
+            reference = roles["reference"].swapped_in() if "reference" in roles else run.policies.active("base")
+            with torch.no_grad(), reference:
+                velocity(batch)
+        v = torch.cat([velocity(n) for n in graphs])
+        return (v - mean[:1]).square().mean()
+
+    # with reuse_rollout the graphs of all stochastic steps are kept until the update
+    total = videos * drawn if args.reuse_rollout else batch
+    size = rollout_batch if args.reuse_rollout else batch
+    graphs = [min(size, total - start) for start in range(0, total, size)]
+    repeats = 1 if args.reuse_rollout or (args.gradient_accumulation_steps == 1 and drawn == 1) else 2
+
+    def step() -> None:
+        memory = run.latents(videos, copies=kept)
+        run.update(loss, "policy", repeats)
+        del memory
+
+    phases["rollout"] = run.peak_of(rollout, **encoders)
+    phases["update"] = run.peak_of(step, **encoders)
+    return phases
+
+
+# ---- Distillation ----
+
+
+def distill_phases(run: Run) -> dict[str, Phase]:
+    """Encoding, the student's step, and that of the fake score."""
+    args, batch = run.args, run.args.per_device_train_batch_size
+    clips, stream = args.rollout == "data", args.stream_num_frames is not None
+    resident = {"vae": run.vae_bytes} if stream else {}
+    phases = {"preparation": run.preparation(clips)}
+    fake, teacher = _distill_roles(run)
+    trained = ("student", "fake") if args.matches_distributions else ("student",)
+    run.add_optimizer(*trained)
+    teacher_causal = run.causal if args.loss_type == "consistency" else None
+    if teacher_causal is not None and run.teacher is not run.model:
+        teacher_causal = CausalAttention(run.teacher)
+
+    def student_clip(clean: Tensor) -> Tensor:
+        x = torch.lerp(clean, torch.randn_like(clean), SIGMA)
+        return x - SIGMA * kinds_of_passes(run, clean, x, run.trained, run.model, run.condition, run.causal)
+
+    def teacher_velocity(x: Tensor, clean: Tensor | None = None) -> Tensor:
+        causal = teacher_causal if clean is not None else None
+        conditions = run.teacher_conditions if args.teacher_guidance_scale != 1.0 else run.teacher_conditions[:1]
+        with run.policies.active("teacher", frozen=True):
+            found = [kinds_of_passes(run, clean, x, teacher, run.teacher, c, causal) for c in conditions]
+        return found[0] if len(found) == 1 else dm.guided(*found, args.teacher_guidance_scale)
+
+    def fake_velocity(x: Tensor) -> Tensor:
+        frozen = run.policies.current != "fake"
+        with run.policies.active("fake", frozen=frozen):
+            return run.velocity(x, run.condition, denoiser=fake)
+
+    def sample(grad: bool) -> Tensor:
+        with torch.set_grad_enabled(grad), run.policies.active("student", frozen=not grad):
+            if clips and args.loss_type != "consistency":
+                return student_clip(run.latents(batch)[0])
+            if run.causal is not None:
+                return _causal_sample(run, batch, grad)
+            x = torch.randn(batch, *run.latent_shape)
+            if len(args.denoising_steps) > 1:
+                with torch.no_grad():
+                    x = x - SIGMA * run.velocity(x, run.condition)
+            return x - SIGMA * run.velocity(x, run.condition)
+
+    def matching() -> Tensor:
+        x = sample(grad=True)
+        if args.loss_type == "sid":
+            x_s = flow.add_noise(x, torch.randn_like(x), SIGMA)
+            return dm.sid_loss(x, x_s - SIGMA * fake_velocity(x_s), x_s - SIGMA * teacher_velocity(x_s))
+        with torch.no_grad():
+            x_s = flow.add_noise(x, torch.randn_like(x), SIGMA)
+            scores = x_s - SIGMA * fake_velocity(x_s), x_s - SIGMA * teacher_velocity(x_s)
+        return dm.dmd_loss(x, *scores)
+
+    def student_loss() -> Tensor:
+        if args.loss_type in ("dmd", "sid"):
+            return matching()
+        (clean,) = run.latents(batch)
+        if args.loss_type == "ode_regression":
+            return (student_clip(clean) - clean).square().mean()
+        with torch.no_grad():
+            x = torch.lerp(clean, torch.randn_like(clean), SIGMA)
+            x = x + SIGMA * teacher_velocity(x, clean)
+            average = args.consistency == "discrete" and args.consistency_target == "ema"
+            with run.average.swapped_in() if average else contextlib.nullcontext():
+                target = student_clip(clean)
+        loss = (student_clip(clean) - target).square().mean()
+        return loss + matching() if args.dmd_weight else loss
+
+    def fake_loss() -> Tensor:
+        with torch.no_grad():
+            x = sample(grad=False)
+        noise = torch.randn_like(x)
+        return (fake_velocity(flow.add_noise(x, noise, SIGMA)) - (noise - x)).square().mean()
+
+    repeats = min(2, args.gradient_accumulation_steps)
+    losses = {"student": student_loss, "fake": fake_loss}
+    for role in trained:
+        name = "student step" if role == "student" else "fake score step"
+        step = functools.partial(run.update, losses[role], role, repeats, cache=False)
+        phases[name] = run.peak_of(step, **resident)
+    return phases
+
+
+def _distill_roles(run: Run) -> tuple[nn.Module, nn.Module]:
+    """Fake score and teacher beside the student, as `DistillBase` adds them."""
+    args, student, copies = run.args, run.trained, run.copies
+    if run.peft_config is not None:
+        if args.matches_distributions:
+            run.policies.add("fake", student, ("fake",), trained=True)
+        run.policies.add("teacher", student, ())
+        run.policies.add("student", student, ("default",), trained=True)
+    elif args.matches_distributions:
+        run.policies.add("fake", copies["fake"], trained=True)
+    teacher = copies.get("teacher", student)
+    if run.teacher is not run.model:
+        teacher = next(iter(run.teacher.denoisers.values()))
+    if teacher is not student:
+        run.policies.add("teacher", teacher.requires_grad_(False).eval())
+    for module in {id(m): m for m in (copies.get("fake"), teacher) if m not in (None, student)}.values():
+        run.trace.own(module.parameters(), "roles")
+    return copies.get("fake", student), teacher
+
+
+def _causal_sample(run: Run, batch: int, grad: bool) -> Tensor:
+    """Self Forcing's rollout with its KV cache; upon a stream, after what its window remembers."""
+    args, (channels, frames, height, width) = run.args, run.latent_shape
+    cache, length = KVCache(args.window, args.sink), args.frames_per_block
+    if args.stream_num_frames is not None:
+        with torch.no_grad():
+            seen = args.stream_num_frames if args.window is None else args.window
+            for _ in range(0, min(seen, args.stream_num_frames - frames), length):
+                with run.causal.cached(cache, store=True):
+                    run.velocity(torch.randn(batch, channels, length, height, width), run.condition)
+                _own_cache(run, cache)
+        frames -= args.stream_overlap
+    blocks = causal_rollout(
+        run.model, run.causal, run.condition[[0] * batch], torch.randn(batch, channels, frames, height, width), [1.0],
+        frames_per_block=length, cache=cache, grad_frames=frames if grad else 0, sampler="ode", denoiser=run.trained,
+    )  # fmt: skip
+    found = []
+    for block in blocks:
+        _own_cache(run, cache)
+        found.append(block)
+    return torch.cat(found, 2)
+
+
+def _own_cache(run: Run, cache: KVCache) -> None:
+    run.trace.own((t for block in cache._blocks for pair in block.layers for t in pair), "kv_cache")
+
+
+PHASES = {"sft": sft_phases, "grpo": grpo_phases, "distill": distill_phases}
+ROLES = {"sft": "policy", "grpo": "policy", "distill": "student"}
+
+
+def trace_run(
+    trainer: str,
+    args: VideoTrainingConfig,
+    model: str | os.PathLike | DiffusionPipeline,
+    peft_config: PeftConfig | None,
+    teacher_model: str | os.PathLike | DiffusionPipeline | None = None,
+) -> tuple[Run, dict[str, Phase]]:
+    """A run and what each of its phases needs on a single device, by part."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Mismatch dtype between input and weight"
+        )  # says which kernel a CPU would take
+        run = Run(copy.copy(args), model, peft_config, teacher_model, ROLES[trainer])
+        return run, PHASES[trainer](run)
