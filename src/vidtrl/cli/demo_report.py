@@ -153,7 +153,7 @@ def speed_note(results: dict) -> str:
 
 def write_demo_report(output: Path, results: dict) -> Path:
     """Write `report.html` from the results, the videos and the training logs."""
-    from ..report import Estimate, Metric, write_report
+    from ..report import Estimate, Gallery, Metric, write_report
 
     models = {name: MODELS[name] for name in results["models"]}
     metrics = [
@@ -169,25 +169,34 @@ def write_demo_report(output: Path, results: dict) -> Path:
         for key, row in results["metrics"].items()
         for label, digits, higher, help_text in (METRICS[key],)
     ]
-    shown = _shown(output / "videos", results["clips"], models)
-    if results["user_clips"]:
-        # one in three: what the enhancer does is seen beside the clips from captions
-        users = _shown(output / "users" / "videos", results["user_clips"], models, share=3)
-        shown = shown[:9] + users[:3] + shown[9:] + users[3:]
+    galleries = [
+        Gallery(
+            "Videos from captions",
+            _shown(output / "videos", results["clips"], models, MAX_SHOWN),
+            "Same prompt and same initial noise for all models. The first twelve are an even walk through all captions, not a "
+            "choice by result. Under each video: what was measured in it. All clips lie in videos/.",
+        ),
+        Gallery(
+            "Videos from users' prompts",
+            _shown(output / "users" / "videos", results["user_clips"], models, MAX_SHOWN // 2),
+            "Words and sentences that no training contains, and the same initial noise for each column; what the enhancer made of "
+            "them stands above its videos. All clips lie in users/videos/.",
+        ),
+    ]
     state = lambda stage: output / stage / "trainer_state.json"  # noqa: E731
     stages = [stage for stage in STAGES if stage in results["stages"]]
-    charts = sft_charts(state("sft"))
+    charts = {"sft": sft_charts(state("sft"))}
     notes, names = [], ["supervised fine-tuning"]
     if "grpo" in stages:
-        charts += grpo_charts(state("grpo"), results["settings"])
+        charts["grpo"] = grpo_charts(state("grpo"), results["settings"])
         notes += [recipe_note(results, output)]
         names += ["GRPO"]
     if "prompt" in stages:
-        charts += enhancer_charts(state("prompt"))
+        charts["enhancer"] = enhancer_charts(state("prompt"))
         notes += [enhancer_note(results)]
         names += ["prompt enhancement"]
     if "distill" in stages:
-        charts += distill_charts(state("distill"))
+        charts["distill"] = distill_charts(state("distill"))
         notes += [speed_note(results)]
         names += ["distillation"]
     flat: dict = {}
@@ -201,33 +210,57 @@ def write_demo_report(output: Path, results: dict) -> Path:
         title=f"vidtrl demo: {', '.join(names[:-1])}{' and ' if names[1:] else ''}{names[-1]} of the toy model",
         summary=verdict(results),
         notes=notes,
+        stages=[_stage_row(name, results, charts.get(name, ())) for name in models],
         metrics=metrics,
-        clips=shown,
-        clips_note="Same prompt and same initial noise for all models. The first twelve are an even walk through captions and "
-        "users' prompts, not a choice by result. Under each video: what was measured in it. All clips lie in videos/ and users/videos/.",
-        charts=charts,
+        galleries=galleries,
         settings={"base": results["base"], "seed": results["seed"], **flat},
         versions=results["versions"] | hardware(),
     )
 
 
-def _shown(folder: Path, clips: list[dict], models: dict[str, str], share: int = 1) -> list:
-    """Clips for the page: at most 72 / share, so that it stays small enough to send; first nine of an even walk through all."""
+def _stage_row(name: str, results: dict, curves: list):
+    """A model, with what it costs: evaluations of the denoiser a clip, and what its training took."""
+    from ..report import Stage
+
+    settings, stages, speed = results["settings"], results["stages"], results.get("speed", {})
+    few, many = len(settings["distill"]["denoising_steps"]), settings["num_inference_steps"]
+    guided = settings["guidance_scale"] != 1 or name == "teacher"
+    training = stages.get({"enhancer": "prompt"}.get(name, name), {})
+    return Stage(
+        MODELS[name],
+        num_clips=results["num_clips" if name in results["metrics"]["all"] else "num_user_clips"],
+        evaluations=few if name in ("control", "distill") else many * (2 if guided else 1),
+        clip_seconds=speed[name]["total_seconds"] if name in speed else None,
+        train_seconds=training.get("seconds"),
+        peak_memory=training.get("peak_memory"),
+        curves=curves,
+    )
+
+
+def _shown(folder: Path, clips: list[dict], models: dict[str, str], most: int) -> list:
+    """Clips for the page, which stays small enough to send; first twelve of an even walk through all."""
     from ..report import Clip
 
     def describe(m: dict) -> str:
         return f"{m['color']} {m['shape']} {m['direction']}" if m["present"] else "no shape seen"
 
-    found = [
-        Clip(
-            clip["prompt"],
-            {label: folder / name / clip["file"] for name, label in models.items() if name in clip},
-            notes={label: describe(clip[name]) for name, label in models.items() if name in clip},
-            right={label: clip[name]["all"] for name, label in models.items() if name in clip},
+    found = []
+    for clip in clips[:: max(1, len(clips) // most)]:
+        seen = {label: clip[name] for name, label in models.items() if name in clip}
+        found.append(
+            Clip(
+                clip["prompt"],
+                {label: folder / name / clip["file"] for name, label in models.items() if name in clip},
+                notes={label: describe(m) for label, m in seen.items()},
+                right={label: m["all"] for label, m in seen.items()},
+                enhanced={label: m["prompt"] for label, m in seen.items() if m.get("enhanced")},
+                scores={
+                    label: {**m["right"], "smoothness": m["smoothness"], "flicker": m["flicker"]}
+                    for label, m in seen.items()
+                },
+            )
         )
-        for clip in clips[:: max(1, len(clips) * share // MAX_SHOWN)]
-    ]
-    first = found[:: max(1, len(found) // 9)][:9]
+    first = found[:: max(1, len(found) // 12)][:12]
     return first + [clip for clip in found if clip not in first]
 
 
