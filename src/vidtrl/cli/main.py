@@ -15,6 +15,7 @@ COMMANDS = {
     "grpo": (".grpo", "train a video diffusion model on reward functions with GRPO and its family"),
     "distill": (".distill", "distil a video diffusion model into a few-step or streaming student"),
     "prompt": (".prompt", "train a language model to write prompts for a video model"),
+    "run": (".run", "run all four stages from one file: SFT, GRPO, prompt enhancement, distillation"),
     "check-model": (".check_model", "prove that vidtrl samples and trains a model as its pipeline means it"),
     "benchmark": (".benchmark", "time a model or a few-step student, and what an optimisation changes"),
     "compare": (".compare", "judge two folders of videos side by side in the browser, without knowing which is which"),
@@ -31,6 +32,7 @@ EPILOG = """examples:
   vidtrl sft --config sft.yaml --accelerate_config fsdp2 --num_processes 4
   vidtrl grpo --config grpo.yaml --reward_funcs my_rewards:smooth
   vidtrl distill --config distill.yaml --base_adapters wan-sft wan-grpo
+  vidtrl run --config pipeline.yaml --dry-run
   vidtrl check-model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
   vidtrl demo --output demo
 

@@ -43,6 +43,7 @@ class PromptScriptArguments:
         dataset_name (`str`): Prompts for `grpo`, as for `vidtrl grpo`.
         dataset_train_split (`str`, *optional*, defaults to `"train"`): Of both datasets.
         video_model_name_or_path (`str`): The frozen video model, for `grpo`.
+        base_adapters (`list[str]`, *optional*): LoRA adapters under which it generates, such as those of earlier stages.
         reward_funcs (`list[str]`): Rewards of its videos: built-in names or `module:function`.
         reward_weights (`list[float]`, *optional*): One each.
         structure_weight (`float`, *optional*, defaults to `0.2`): Of `structure_reward`, beside the videos' sum.
@@ -83,6 +84,9 @@ class PromptScriptArguments:
     dataset_train_split: str = field(default="train", metadata={"help": "Split of both datasets."})
     video_model_name_or_path: str | None = field(
         default=None, metadata={"help": "The frozen video model, for grpo: Hub id or folder of a pipeline."}
+    )
+    base_adapters: list[str] | None = field(
+        default=None, metadata={"help": "LoRA adapters under which it generates: folders or Hub ids."}
     )
     reward_funcs: list[str] | None = field(
         default=None, metadata={"help": "Rewards of its videos: built-in names, or module:function."}
@@ -299,6 +303,7 @@ def grpo_trainer(script_args: PromptScriptArguments, enhancer, rows, rewards: li
             name: getattr(script_args, name)
             for name in ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt")
         },
+        base_adapters=script_args.base_adapters,
         seeds=script_args.seeds,
         device=args.device,
         **script_args.pipeline_kwargs,

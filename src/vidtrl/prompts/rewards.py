@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from ..models import Condition, VideoModel
 from ..rewards import RewardRunner
 from ..rollout import sample
+from ..trainer.lora import load_base_adapters
 from .enhancer import PromptEnhancer
 from .text import REFUSAL, clean_output, count_words, missing_words, repeats_itself, required_words
 
@@ -51,6 +52,8 @@ class video_reward:  # noqa: N801 - made like the functions that it stands for, 
         num_inference_steps (`int`, *optional*, defaults to `10`): Few are enough to compare prompts.
         guidance_scale (`float`, *optional*, defaults to `5.0`): Classifier-free guidance; 1 turns it off.
         negative_prompt (`str`, *optional*, defaults to `""`): For guidance.
+        base_adapters (`list[str]`, *optional*): LoRA adapters, folders or Hub ids, under which the model generates. For a model
+            that is loaded here.
         seeds (`Sequence[int]`, *optional*, defaults to `(0,)`): One video a seed; a completion's reward is their mean.
         batch_size (`int`, *optional*, defaults to `4`): Videos that are generated at once.
         cache_size (`int`, *optional*, defaults to `1024`): Videos that are kept, the last used ones. 0 keeps none.
@@ -90,6 +93,7 @@ class video_reward:  # noqa: N801 - made like the functions that it stands for, 
         num_inference_steps: int = 10,
         guidance_scale: float = 5.0,
         negative_prompt: str = "",
+        base_adapters: list[str] | None = None,
         seeds: Sequence[int] = (0,),
         batch_size: int = 4,
         cache_size: int = 1024,
@@ -109,7 +113,12 @@ class video_reward:  # noqa: N801 - made like the functions that it stands for, 
             device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
             dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
             model = VideoModel.from_pretrained(model, torch_dtype=dtype)
+            load_base_adapters(model.pipe, list(model.denoisers), list(base_adapters or []))
             model.pipe.to(device)
+        elif base_adapters:
+            raise ValueError(
+                "base_adapters are for a model that is loaded here: load them into the pipeline that you pass"
+            )
         elif not isinstance(model, VideoModel):
             model = VideoModel.from_pretrained(model)
         if model.family.image:
