@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..data.video import write_video
+from ..hub.upload import retried
 from .callbacks import frame_strip, log_videos, slug
 from .checkpoint import publish
 
@@ -258,18 +259,25 @@ class CompletionLog:
         self.uploads = [upload for upload in self.uploads if upload not in finished]
         for future, earlier in finished:
             if future.exception() is not None:
-                logger.warning(
-                    f"{', '.join(earlier)} could not be uploaded to {self.hub_repo} ({future.exception()}); trying again"
-                )
                 patterns = [*earlier, *patterns]
-        future = self.api.upload_folder(
-            repo_id=self.hub_repo,
-            repo_type="dataset",
-            folder_path=self.folder,
-            allow_patterns=list(dict.fromkeys(patterns)),
-            commit_message=f"Completions of step {step}",
-            run_as_future=True,  # the interpreter waits at its end for what is still under way
-        )
+
+        def upload():
+            return self.api.upload_folder(
+                repo_id=self.hub_repo,
+                repo_type="dataset",
+                folder_path=self.folder,
+                allow_patterns=list(dict.fromkeys(patterns)),
+                commit_message=f"Completions of step {step}",
+            )
+
+        def warn(done: Future) -> None:
+            if done.exception() is not None:
+                logger.warning(f"{done.exception()}. With the next step it is tried again; the files are in {self.folder}")
+
+        # the interpreter waits at its end for what is still under way
+        what = f"the completions of step {step} were not uploaded to {self.hub_repo}"
+        future = self.api.run_as_future(retried, upload, what, self.api.token)
+        future.add_done_callback(warn)
         self.uploads.append((future, patterns))
 
 
