@@ -272,7 +272,9 @@ class CompletionLog:
 
         def warn(done: Future) -> None:
             if done.exception() is not None:
-                logger.warning(f"{done.exception()}. With the next step it is tried again; the files are in {self.folder}")
+                logger.warning(
+                    f"{done.exception()}. With the next step it is tried again; the files are in {self.folder}"
+                )
 
         # the interpreter waits at its end for what is still under way
         what = f"the completions of step {step} were not uploaded to {self.hub_repo}"
