@@ -18,6 +18,7 @@ COMMANDS = {
     "run": (".run", "run all four stages from one file: SFT, GRPO, prompt enhancement, distillation"),
     "check-model": (".check_model", "prove that vidtrl samples and trains a model as its pipeline means it"),
     "benchmark": (".benchmark", "time a model or a few-step student, and what an optimisation changes"),
+    "report": (".report", "one page of any run: its videos, rewards, learning curves and arguments"),
     "compare": (".compare", "judge two folders of videos side by side in the browser, without knowing which is which"),
     "reward-server": (".reward_server", "serve reward functions over HTTP, so that a judge has a device of its own"),
     "push": (".push", "upload a trained model, an enhancer or a dataset of videos to the Hub"),
