@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_pipelines
 
 from vidtrl import toy
 from vidtrl.toy.paraphrases import enhancer_path
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted(p for p in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")] if "```python\n" in p.read_text())
 SMALL = {  # what a reader would change to run the same program on a laptop
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": toy.pipeline_path(),
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": "./wan-i2v",
     "Qwen/Qwen2.5-0.5B-Instruct": enhancer_path(),
     "max_steps=200": "max_steps=2, use_cpu=True, bf16=False, report_to='none'",
     "height=480": "height=64",
@@ -36,6 +38,9 @@ SMALL = {  # what a reader would change to run the same program on a laptop
 def test_snippets_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     toy.write_dataset(tmp_path / "clips", num_clips=4)
+    tiny_pipelines.tiny_image(64).save(tmp_path / "first_frame.png")
+    if "Wan-AI/Wan2.1-I2V" in page.read_text():
+        tiny_pipelines.wan_i2v()[0].save_pretrained(tmp_path / "wan-i2v")
     names, ran = {"__name__": "snippet"}, 0
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         if ">>>" in block:
