@@ -20,7 +20,7 @@ import torch
 from datasets import load_from_disk
 from peft import LoraConfig
 from sft_setup import digest, make_args, trained_weights
-from tiny_pipelines import wan
+from tiny_pipelines import ALL
 from transformers import TrainerCallback
 
 from vidtrl import VideoSFTTrainer
@@ -82,7 +82,7 @@ def _child(job, environment, log):
 def main(job):
     clips = load_from_disk(job["clips"])
     trainer = Trainer(
-        wan()[0],
+        ALL[job.get("pipe", "wan")]()[0],
         make_args(job["out"], job["cache"], **job.get("config", {})),
         clips,
         clips.select(range(3)),

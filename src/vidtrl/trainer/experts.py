@@ -112,11 +112,17 @@ class ExpertSwap:
             parameter.data = parameter.data.to(self.device)
             self.trained.add(id(parameter))
 
-    def _move(self, module: nn.Module, device: torch.device) -> None:
-        def plain(tensor: Tensor) -> bool:
-            return type(tensor) in (nn.Parameter, Tensor) and type(tensor.data) is Tensor
+    def movable(self, module: nn.Module) -> list[Tensor]:
+        """What a swap moves: the weights that are not trained, of plain tensors (quantised ones are not)."""
+        return [
+            tensor
+            for tensor in [*module.parameters(), *module.buffers()]
+            if id(tensor) not in self.trained
+            and type(tensor) in (nn.Parameter, Tensor)
+            and type(tensor.data) is Tensor
+        ]
 
+    def _move(self, module: nn.Module, device: torch.device) -> None:
         with torch.no_grad():
-            for tensor in [*module.parameters(), *module.buffers()]:
-                if id(tensor) not in self.trained and plain(tensor):
-                    tensor.data = tensor.data.to(device)
+            for tensor in self.movable(module):
+                tensor.data = tensor.data.to(device)
