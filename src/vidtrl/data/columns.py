@@ -188,8 +188,9 @@ def _rename(dataset, columns, old, new):
 
 def _undecoded(dataset, column, root):
     """Videos and images as `{"path", "bytes"}`; text paths checked against `root`."""
+    as_is = column == "image" and root is None  # paths are read when, and if, a model needs them
     if isinstance(dataset, (list, tuple)):
-        return [{**row, column: _resolve(row.get(column), root)} for row in dataset]
+        return dataset if as_is else [{**row, column: _resolve(row.get(column), root)} for row in dataset]
     feature = (dataset.features or {}).get(column)
     if isinstance(feature, (Video, Image)):
         dataset = dataset.cast_column(column, type(feature)(decode=False))
@@ -199,6 +200,8 @@ def _undecoded(dataset, column, root):
         return dataset.map(_fetched, fn_kwargs={"column": column}, features=dataset.features)
     if isinstance(feature, List) and isinstance(feature.feature, Image):  # frames: decoded when a clip is read
         return dataset.cast_column(column, List(Image(decode=False)))
+    if as_is:
+        return dataset
     if isinstance(dataset, IterableDataset):
         return dataset.map(lambda row: {column: _resolve(row[column], root)})
     if feature == Value("string"):
