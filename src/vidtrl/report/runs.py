@@ -132,7 +132,7 @@ def _evenly(sizes: Sequence[int], limit: int) -> list[int]:
         chosen = sorted({round(i * (len(sizes) - 1) / (count - 1)) for i in range(count)})
         if sum(sizes[i] for i in chosen) <= limit:
             return chosen
-    return sorted({0, len(sizes) - 1} - {-1})
+    return sorted({0, len(sizes) - 1}) if sizes else []
 
 
 def _left_out(run: Run, kind: str, shown: int, total: int) -> None:
