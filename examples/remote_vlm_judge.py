@@ -1,7 +1,8 @@
 r"""A vision-language model as a judge, behind a reward server.
 
 The model looks at a few frames of each video and answers with a score from 1 to 5. Any image-text-to-text model of transformers
-works that takes several images, such as Qwen/Qwen3-VL-2B-Instruct. Where the judge runs:
+works that takes several images, such as Qwen/Qwen3-VL-2B-Instruct (Qwen's processors need `pip install torchvision`). Where the
+judge runs:
 
     vidtrl reward-server --reward examples/remote_vlm_judge.py:get_judge \
         --kwargs '{"model_id": "Qwen/Qwen3-VL-2B-Instruct"}' --batch_size 8 --port 8000

@@ -35,6 +35,7 @@ TOKEN_VARIABLE = "VIDTRL_REWARD_TOKEN"
 CONNECT_TIMEOUT = 10.0  # seconds
 FIRST_REST, LONGEST_REST = 0.5, 15.0  # seconds that a replica is left alone after its first failure, doubled each time
 MAX_ANSWER = 1 << 26  # bytes
+JITTER = random.Random()  # of its own: drawing from the global one in threads would change what training draws
 
 
 class RemoteRewardError(RuntimeError):
@@ -290,7 +291,7 @@ class RemoteReward:
                 if time.monotonic() - busy_since > self.timeout:
                     break
                 with self._lock:
-                    replica.rests_until = time.monotonic() + min(retry_after or 1.0, LONGEST_REST) * random.uniform(
+                    replica.rests_until = time.monotonic() + min(retry_after or 1.0, LONGEST_REST) * JITTER.uniform(
                         0.5, 1
                     )
             else:
@@ -314,7 +315,7 @@ class RemoteReward:
                     replica.sent += 1
                     return replica
                 wait = min(replica.rests_until for replica in self.replicas) - now
-            if call.stopped.wait(wait + random.uniform(0, 0.05)):
+            if call.stopped.wait(wait + JITTER.uniform(0, 0.05)):
                 raise _Cancelled
 
     def _put_aside(self, replica: _Replica, began: float, problem: str) -> None:
@@ -322,7 +323,7 @@ class RemoteReward:
             if began < replica.rests_until:
                 return  # several requests met the same failure: it counts once
             replica.failures += 1
-            rest = min(FIRST_REST * 2 ** min(replica.failures - 1, 10), LONGEST_REST) * random.uniform(0.5, 1)
+            rest = min(FIRST_REST * 2 ** min(replica.failures - 1, 10), LONGEST_REST) * JITTER.uniform(0.5, 1)
             replica.rests_until = time.monotonic() + rest
             first = replica.failures == 1
         logger.log(
