@@ -17,6 +17,7 @@ COMMANDS = {
     "prompt": (".prompt", "train a language model to write prompts for a video model"),
     "run": (".run", "run all four stages from one file: SFT, GRPO, prompt enhancement, distillation"),
     "check-model": (".check_model", "prove that vidtrl samples and trains a model as its pipeline means it"),
+    "estimate": (".estimate", "say how much memory a training run will need, before it starts"),
     "benchmark": (".benchmark", "time a model or a few-step student, and what an optimisation changes"),
     "report": (".report", "one page of any run: its videos, rewards, learning curves and arguments"),
     "compare": (".compare", "judge two folders of videos side by side in the browser, without knowing which is which"),

@@ -172,8 +172,7 @@ def _component(path: str, name: str, library: str, class_name: str, hub: dict[st
                 return cls.from_config(cls.load_config(path, subfolder=name, **hub))
         if issubclass(cls, transformers.PreTrainedModel):
             config = cls.config_class.from_pretrained(path, subfolder=name, **hub)
-            with init_empty_weights():
-                return cls(config)
+            return _empty_transformer(cls, config)
         return cls.from_pretrained(path, subfolder=name, **hub)
     except OSError as error:
         raise ValueError(
@@ -183,10 +182,17 @@ def _component(path: str, name: str, library: str, class_name: str, hub: dict[st
 
 
 def _empty_like(module: nn.Module) -> nn.Module:
+    if not isinstance(module, diffusers.ModelMixin):
+        return _empty_transformer(type(module), module.config)
     with init_empty_weights():
-        if isinstance(module, diffusers.ModelMixin):
-            return type(module).from_config(module.config)
-        return type(module)(module.config)
+        return type(module).from_config(module.config)
+
+
+def _empty_transformer(cls: type[nn.Module], config: Any) -> nn.Module:
+    with init_empty_weights():
+        module = cls(config)
+    module.tie_weights()  # again: those made inside that context are apart
+    return module
 
 
 def _materialise(module: nn.Module, fake: FakeTensorMode, dtype_of) -> None:
