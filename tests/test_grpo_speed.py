@@ -10,6 +10,7 @@ from peft import LoraConfig
 from tiny_pipelines import WAN_LIKE, WORDS, wan
 
 from vidtrl import VideoGRPOConfig, VideoGRPOTrainer
+from vidtrl.trainer import grpo_choices
 
 
 def reward(prompts, videos, **kwargs):
@@ -17,7 +18,7 @@ def reward(prompts, videos, **kwargs):
     return [float(i * 7919 % 13) for i in range(len(videos))]
 
 
-def make_trainer(tmp_path, lora=True, **config) -> VideoGRPOTrainer:
+def make_trainer(tmp_path, lora=True, pipe=None, **config) -> VideoGRPOTrainer:
     """Two prompts x `num_generations` videos of a tiny Wan; the model is made anew, with equal weights."""
     defaults = dict(
         WAN_LIKE,
@@ -32,11 +33,13 @@ def make_trainer(tmp_path, lora=True, **config) -> VideoGRPOTrainer:
         use_cpu=True,
         disable_tqdm=True,
         check_model=False,
+        reuse_rollout=False,
+        batch_guidance=False,
     )
     config = {**defaults, **config}
     config.setdefault("per_device_train_batch_size", 2 * config["num_generations"])
     return VideoGRPOTrainer(
-        model=wan()[0],
+        model=wan()[0] if pipe is None else pipe,
         reward_funcs=reward,
         args=VideoGRPOConfig(str(tmp_path), **config),
         train_dataset=Dataset.from_dict({"prompt": [f"a {w} moves" for w in WORDS[2:10]]}),
@@ -161,6 +164,125 @@ def test_a_reference_of_its_own_cannot_be_swapped_in_beside_a_kept_graph(tmp_pat
         make_trainer(tmp_path, reuse_rollout=True, lora=False, beta=0.1)
 
 
+@pytest.mark.parametrize("recipe", ["flash-grpo", "longcat", "tempflow-grpo", "g2rpo", "e-grpo"])
+def test_left_open_the_graph_is_kept_where_each_video_draws_once(tmp_path, recipe):
+    """The memory is that of the update's own micro-batch then, and the gradient is the same with checkpointing, too."""
+    config = dict(recipe=recipe, gradient_checkpointing=True, **SHARING[recipe])
+    open_, again = make_trainer(tmp_path / "a", reuse_rollout=None, **config), make_trainer(tmp_path / "b", **config)
+    assert open_.reuse_rollout and not again.reuse_rollout
+    batches = generation(open_)
+    assert sum(map(len, batches)) <= open_.args.per_device_train_batch_size
+    assert_close(gradient(open_, batches)[0], gradient(again, generation(again))[0])
+    if recipe == "flash-grpo":
+        control = make_trainer(tmp_path / "c", reuse_rollout=None, seed=1, **config)
+        assert relative(gradient(control, generation(control))[0], gradient(again, generation(again))[0]) > 1e-2
+
+
+RECOMPUTED = {
+    "noised again": dict(recipe="awm", num_inference_steps=2),
+    "micro-steps": dict(per_device_train_batch_size=4, gradient_accumulation_steps=2),
+    "used several times": dict(num_iterations=2),
+    "takes the place": dict(lora=False, beta=0.1),
+    "at several steps": dict(recipe="flow-grpo", num_inference_steps=3),
+}
+
+
+def test_left_open_dropout_is_still_found(tmp_path):
+    pipe = wan()[0]
+    pipe.transformer.blocks[0].attn1.to_out[1].p = 0.1
+    trainer = make_trainer(tmp_path, pipe=pipe, reuse_rollout=None)
+    assert not trainer.reuse_rollout
+    with pytest.raises(ValueError, match="deviates from 1 by .*dropout"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("reason", RECOMPUTED)
+def test_left_open_the_update_recomputes_where_it_must_and_says_why(tmp_path, monkeypatch, reason):
+    said = []
+    monkeypatch.setattr(grpo_choices.logger, "info", said.append)
+    trainer = make_trainer(tmp_path, reuse_rollout=None, **RECOMPUTED[reason])
+    assert not trainer.reuse_rollout and len(said) == 1 and reason in said[0]
+    trainer.train()
+    assert len(said) == 1
+
+
+def test_kept_graphs_do_not_keep_rewards_from_overlapping(tmp_path):
+    """Prompts are still sampled a few at a time, so that the rewards of some are computed while others are sampled."""
+    calls = []
+
+    def count(videos, **kwargs):
+        calls.append(len(videos))
+        return [float(i) for i in range(len(videos))]
+
+    small = make_trainer(tmp_path / "a", reuse_rollout=True, rollout_batch_size=1)
+    small.rewards = type(small.rewards)(count)
+    generation(small)
+    assert calls == [4, 4]
+
+
+@pytest.mark.parametrize("recipe", ["flash-grpo", "longcat"])
+def test_guidance_in_one_call_has_the_gradient_of_two(tmp_path, recipe):
+    """Chosen before the first rollout: on a CPU one call."""
+    open_ = make_trainer(tmp_path / "a", recipe=recipe, batch_guidance=None)
+    calls = []
+    hook = lambda module, args, kwargs: calls.append(len(kwargs["hidden_states"]))  # noqa: E731
+    open_.video_model.denoisers["transformer"].register_forward_pre_hook(hook, with_kwargs=True)
+    assert open_.batch_guidance is None
+    batches = generation(open_)
+    assert open_.batch_guidance is True and max(calls) == 2 * open_.args.per_device_train_batch_size
+    together, separate = gradient(open_, batches)[0], make_trainer(tmp_path / "b", recipe=recipe)
+    assert_close(together, gradient(separate, generation(separate))[0])
+    control = make_trainer(tmp_path / "c", recipe=recipe, batch_guidance=None, guidance_scale=2.0)
+    assert relative(gradient(control, generation(control))[0], together) > 1e-2
+
+
+def test_trying_one_call_leaves_nothing_behind(tmp_path):
+    """What an accelerator does before its first rollout: gradients, random state and weights are as they were."""
+    trainer = make_trainer(tmp_path, batch_guidance=None, rollout_batch_size=16)
+    batches = generation(trainer)
+    expected, _ = gradient(trainer, batches)
+    trainer.model.zero_grad()
+    trainer.batch_guidance, state = None, torch.get_rng_state()
+    sizes = []
+    hook = lambda module, args, kwargs: sizes.append((len(kwargs["hidden_states"]), torch.is_grad_enabled()))  # noqa: E731
+    handle = trainer.video_model.denoisers["transformer"].register_forward_pre_hook(hook, with_kwargs=True)
+    assert grpo_choices.try_one_call(trainer, 0) is not None
+    handle.remove()
+    assert sizes == [(32, False), (16, True)]  # the rollout's largest, the update's; both branches of each
+    assert trainer.batch_guidance is None and torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in trainer.model.parameters())
+    trainer.batch_guidance = True
+    assert torch.equal(gradient(trainer, batches)[0], expected)
+
+
+def test_without_room_for_one_call_there_are_two(tmp_path):
+    trainer = make_trainer(tmp_path, batch_guidance=None)
+    generation(trainer)
+    trainer.batch_guidance = None
+
+    def full(module, args, kwargs):
+        if len(kwargs["hidden_states"]) > trainer.args.per_device_train_batch_size:
+            raise torch.OutOfMemoryError("out of memory")
+
+    trainer.video_model.denoisers["transformer"].register_forward_pre_hook(full, with_kwargs=True)
+    assert grpo_choices.try_one_call(trainer, 0) is None
+    assert trainer.batch_guidance is None
+    trainer.batch_guidance = False
+    generation(trainer)  # control: two calls have room
+
+
+def test_a_resumed_run_keeps_its_choice(tmp_path):
+    trainer = make_trainer(tmp_path / "run", batch_guidance=None, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.train()
+    folder = tmp_path / "run/checkpoint-1"
+    again = make_trainer(tmp_path / "again", batch_guidance=None, max_steps=2)
+    again.load_rank_state(folder)
+    assert again.batch_guidance is True
+    explicit = make_trainer(tmp_path / "explicit", batch_guidance=False, max_steps=2)
+    explicit.load_rank_state(folder)
+    assert explicit.batch_guidance is False
+
+
 def test_training_with_each_saving_ends_in_the_same_weights(tmp_path):
     """End to end: one `train()` each."""
 
@@ -184,6 +306,7 @@ def test_training_with_each_saving_ends_in_the_same_weights(tmp_path):
     assert relative(movement("reuse", reuse_rollout=True), default) < 1e-4
     assert relative(movement("unshared", share_prefix=False), default) < 1e-4
     assert relative(movement("batched", batch_guidance=True), default) < 1e-4
+    assert relative(movement("left open", batch_guidance=None, reuse_rollout=None), default) < 1e-4
     assert relative(movement("control", seed=1), default) > 1e-2
     # autocast keeps casts of the weights from the steps without gradient: they must not cut the kept graph
     late = dict(bf16=True, sde_range=[0.5, 1.0])

@@ -16,7 +16,7 @@ from tiny_pipelines import wan
 from transformers import TrainerCallback
 
 from vidtrl import VideoGRPOTrainer
-from vidtrl.rewards.runner import RewardError
+from vidtrl.rewards.runner import RewardError, RewardRunner
 from vidtrl.trainer.ema import WeightAverage
 from vidtrl.trainer.grpo_logging import GenerationMetrics
 
@@ -63,12 +63,12 @@ def test_metrics_have_trls_names(tmp_path):
         "loss", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std", "kl", "ratio/mean",
         "rewards/brightness/mean", "rewards/brightness/std", "rewards/contrast/mean", "rewards/contrast/std",
         "clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean", "clip_ratio/high_max", "clip_ratio/region_mean", "grad_norm/step_0", "grad_norm/step_1",
-        "nfe", "rollout_time", "reward_time", "update_time",
+        "nfe", "rollout_time", "reward_time", "update_time", "step_time", "reward_std/within_prompt",
     }  # fmt: skip
     assert expected <= set(logs) and "grad_norm/step_2" not in logs
     assert all(math.isfinite(value) for value in logs.values())
     assert logs["reward"] == pytest.approx(logs["rewards/brightness/mean"] + logs["rewards/contrast/mean"], rel=1e-5)
-    assert 0 < logs["rollout_time"] + logs["update_time"] < 60
+    assert 0 < logs["rollout_time"] + logs["update_time"] <= logs["step_time"] < 60
 
 
 def test_reward_metrics_are_the_rewards(tmp_path):
@@ -79,7 +79,8 @@ def test_reward_metrics_are_the_rewards(tmp_path):
     rewards, logs = trainer.generations[0]["rewards"], trainer.state.log_history[0]
     total = rewards[..., 0] - 2 * rewards[..., 1]
     assert logs["reward"] == pytest.approx(total.mean().item(), rel=1e-6)
-    assert logs["reward_std"] == pytest.approx(total.std(1).mean().item(), rel=1e-6)
+    assert logs["reward_std"] == pytest.approx(total.std().item(), rel=1e-6)  # as in TRL
+    assert logs["reward_std/within_prompt"] == pytest.approx(total.std(1).mean().item(), rel=1e-6)
     assert logs["rewards/contrast/std"] == pytest.approx(rewards[..., 1].std().item(), rel=1e-6)
     own = [(r - r.mean(1, keepdim=True)) / (r.std(unbiased=False) + 1e-4) for r in rewards.double().unbind(2)]
     expected = (own[0] - 2 * own[1]).clamp(-5, 5)  # each normalised, then weighted
@@ -191,7 +192,7 @@ def test_ratio_check_trips_on_dropout(tmp_path):
     block = pipe.transformer.blocks[0]
     dropout = torch.nn.Dropout(0.1)
     block.register_forward_hook(lambda module, args, output: dropout(output))
-    trainer = make_trainer(tmp_path, pipe=pipe)
+    trainer = make_trainer(tmp_path, pipe=pipe, reuse_rollout=False)
     with pytest.raises(ValueError, match="policy ratio deviates from 1 by .*dropout"):
         trainer.train()
     with pytest.raises(ValueError, match="lora_dropout must be 0"):
@@ -210,8 +211,8 @@ def test_ratio_check_trips_on_a_changed_policy(tmp_path):
                         parameter.add_(self.change * torch.randn_like(parameter))
             return slices
 
-    make_trainer(tmp_path, cls=Forgetful).train()
-    trainer = make_trainer(tmp_path, cls=Forgetful)
+    make_trainer(tmp_path, cls=Forgetful, reuse_rollout=False).train()
+    trainer = make_trainer(tmp_path, cls=Forgetful, reuse_rollout=False)
     trainer.change = 1e-2
     with pytest.raises(ValueError, match="before the first update of a generation the policy ratio deviates"):
         trainer.train()
@@ -376,6 +377,27 @@ def test_extremes_are_logged_as_extremes():
         {"clip_ratio/low_min": 0.1, "clip_ratio/low_mean": 0.2, "clip_ratio/high_max": 0.3, "kl": 0.2}
     )
     assert metrics.collect() == {}
+
+
+def test_clipping_is_logged_per_child_and_the_extreme_micro_batch(tmp_path):
+    """Micro-batches of one and three children: means are over the four, as TRL's are over tokens."""
+    metrics, args = GenerationMetrics(), make_args(tmp_path, epsilon=0.1, beta=0.1)
+    for ratios, signs in (([0.5], [-1.0]), ([1.5, 1.0, 0.5], [1.0, 1.0, 1.0])):
+        ratio, sign = torch.tensor(ratios), torch.tensor(signs)
+        metrics.policy(args, [0], torch.zeros(1), ratio, ratio, torch.ones_like(ratio), sign)
+    found = metrics.collect()
+    expected = {"low_mean": 0.25, "low_min": 0.0, "high_mean": 0.25, "high_max": 1 / 3, "region_mean": 0.5}
+    assert {name: found[f"clip_ratio/{name}"] for name in expected} == pytest.approx(expected)
+    assert found["ratio/mean"] == found["kl"] == pytest.approx(3.5 / 4)
+
+
+def test_videos_without_any_reward_are_no_zeros_in_the_mean(tmp_path):
+    metrics, runner = GenerationMetrics(), RewardRunner(brightness)
+    metrics.rewards(runner, torch.tensor([[[1.0], [float("nan")]], [[2.0], [4.0]]]))
+    found = metrics.collect()
+    assert found["reward"] == pytest.approx(7 / 3) == found["rewards/brightness/mean"]
+    assert found["reward_std"] == pytest.approx(torch.tensor([1.0, 2.0, 4.0]).std().item())
+    assert found["reward_std/within_prompt"] == pytest.approx((0 + 2**0.5) / 2)
 
 
 def test_training_again_samples_anew(tmp_path):

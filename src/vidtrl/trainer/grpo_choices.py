@@ -18,7 +18,7 @@ ONE_STEP = ("single", "merged", "branch", "granular")  # schedules in which each
 HEADROOM = 0.9  # of the free memory: allocators lose some to fragmentation, and clips differ in their text
 
 
-def choose_reuse(args: VideoGRPOConfig, *, own_reference: bool, whole: bool) -> bool:
+def choose_reuse(args: VideoGRPOConfig, *, own_reference: bool, whole: bool, dropout: bool) -> bool:
     """
     Whether the update uses the rollout's forward instead of one of its own.
 
@@ -28,6 +28,7 @@ def choose_reuse(args: VideoGRPOConfig, *, own_reference: bool, whole: bool) -> 
         args ([`VideoGRPOConfig`]): The run's.
         own_reference (`bool`): The divergence is from weights that are swapped in.
         whole (`bool`): One denoiser is trained, whose weights every process holds whole.
+        dropout (`bool`): The denoiser has any; a second forward then tells that rollouts are not what users will sample.
 
     Raises:
         `ValueError`: `reuse_rollout=True` where it cannot be exact; says why and what to set.
@@ -46,6 +47,7 @@ def choose_reuse(args: VideoGRPOConfig, *, own_reference: bool, whole: bool) -> 
         or args.num_iterations > 1,
         "the reference takes the place of the weights in between": own_reference,
         "several denoisers are trained, or sharded weights": not whole,
+        "the denoiser has dropout": dropout,
         "each video draws noise at several steps, whose graphs would be kept together": not one_step,
     }
     reason = next((text for text, holds in obstacles.items() if holds), None)

@@ -96,15 +96,17 @@ class VideoGRPOConfig(VideoTrainingConfig):
             Draw prompts in random order.
         rollout_batch_size (`int`, *optional*):
             Latents per denoiser call in rollouts; default `per_device_train_batch_size`.
-        batch_guidance (`bool`, *optional*, defaults to `False`):
-            Both branches of guidance in one denoiser call: faster on small models, twice the activations.
+        batch_guidance (`bool`, *optional*):
+            Both branches of guidance in one denoiser call: fewer calls, more memory. `None` chooses before the first rollout:
+            on an accelerator one call if a tried update fits into the free memory, on a CPU one call.
         vae_batch_size (`int`, *optional*, defaults to `1`):
             Videos per VAE call when rollouts are decoded.
         share_prefix (`bool`, *optional*, defaults to `True`):
             Compute what videos share once, in rollout and update. Off only for comparison.
-        reuse_rollout (`bool`, *optional*, defaults to `False`):
+        reuse_rollout (`bool`, *optional*):
             Keep the graph of the stochastic steps for the update, which then needs no forward. Needs one update per
-            generation (`steps_per_generation=num_iterations=1`) and the memory of one forward per decision.
+            generation (`steps_per_generation=num_iterations=1`) and the memory of one forward per decision. `None` does so
+            where it is exact and each video draws noise at one step.
 
         > Parameters that control rewards and advantages
 
@@ -225,13 +227,17 @@ class VideoGRPOConfig(VideoTrainingConfig):
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Latents per denoiser call in rollouts. Default: the training batch size."}
     )
-    batch_guidance: bool = field(
-        default=False, metadata={"help": "Both branches of guidance in one denoiser call: faster, more memory."}
+    batch_guidance: bool | None = field(
+        default=None,
+        metadata={"help": "Both branches of guidance in one denoiser call. Default: where memory allows."},
     )
     vae_batch_size: int = field(default=1, metadata={"help": "Videos per VAE call when rollouts are decoded."})
     share_prefix: bool = field(default=True, metadata={"help": "Compute once what videos of a prompt share."})
-    reuse_rollout: bool = field(
-        default=False, metadata={"help": "Keep the graph of stochastic steps: the update then needs no forward."}
+    reuse_rollout: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Keep the graph of stochastic steps: the update then needs no forward. Default: where that is exact."
+        },
     )
 
     # Parameters that control rewards and advantages
@@ -316,17 +322,17 @@ class VideoGRPOConfig(VideoTrainingConfig):
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.guidance_scale == 1 and self.guidance_scale_2 not in (None, 1):
+            raise ValueError(
+                f"guidance_scale=1 turns guidance off in the pipeline, guidance_scale_2={self.guidance_scale_2} included: set "
+                "guidance_scale above 1, or leave guidance_scale_2 out"
+            )
         if self.num_generations < 2:
             raise ValueError(
                 f"num_generations must be at least 2, not {self.num_generations}: a video is judged against the others of "
                 "its prompt"
             )
         forward = self.loss_type in ("nft", "awm")
-        if self.guidance_scale == 1 and self.guidance_scale_2 not in (None, 1):
-            raise ValueError(
-                f"guidance_scale=1 turns guidance off in the pipeline, guidance_scale_2={self.guidance_scale_2} included: set "
-                "guidance_scale above 1, or leave guidance_scale_2 out"
-            )
         needs = {
             "window": "window_mode",
             "merged": "merge_threshold",

@@ -1,5 +1,6 @@
 """What a GRPO run logs: metrics under TRL's names, and the generated videos."""
 
+import math
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
@@ -42,8 +43,10 @@ class GenerationMetrics:
             self.values[f"rewards/{name}/mean"].append(column.nanmean().item())
             self.values[f"rewards/{name}/std"].append(nanstd(column).item())
         total = (rewards * runner.weights).nansum(-1)  # (P, G)
-        self.values["reward"].append(total.mean().item())
-        self.values["reward_std"].append(total.std(1).mean().item())
+        total[rewards.isnan().all(-1)] = torch.nan  # no reward applies
+        self.values["reward"].append(total.nanmean().item())
+        self.values["reward_std"].append(nanstd(total).item())
+        self.values["reward_std/within_prompt"].append(sum(nanstd(group).item() for group in total) / len(total))
 
     def policy(
         self,
@@ -66,17 +69,20 @@ class GenerationMetrics:
         high = args.epsilon if args.epsilon_high is None else args.epsilon_high
         own = [""] if expert is None else ["", f"{expert}/"]
         for prefix in own:
-            values[f"{prefix}ratio/mean"].append(ratio.mean())
+            values[f"{prefix}ratio/mean"].append(ratio)
         if args.loss_type in ("clipped", "awm"):
             low_clipped, high_clipped = (ratio < 1 - args.epsilon) & (a < 0), (ratio > 1 + high) & (a > 0)
-            for name, clipped in (("low_mean low_min", low_clipped), ("high_mean high_max", high_clipped)):
-                for key in name.split():
-                    values[f"clip_ratio/{key}"].append(clipped.float().mean())
+            for mean, extreme, clipped in (
+                ("low_mean", "low_min", low_clipped),
+                ("high_mean", "high_max", high_clipped),
+            ):
+                values[f"clip_ratio/{mean}"].append(clipped.float())
+                values[f"clip_ratio/{extreme}"].append(clipped.float().mean())
             for prefix in own:
-                values[f"{prefix}clip_ratio/region_mean"].append((low_clipped | high_clipped).float().mean())
+                values[f"{prefix}clip_ratio/region_mean"].append((low_clipped | high_clipped).float())
         if args.beta > 0:
             for prefix in own:
-                values[f"{prefix}kl"].append(kl.detach()[counted].mean())
+                values[f"{prefix}kl"].append(kl.detach()[counted])
         if steps[0] is not None and velocity.requires_grad:
 
             def norms(gradient: Tensor) -> None:
@@ -89,15 +95,20 @@ class GenerationMetrics:
 
     def collect(self) -> dict[str, float]:
         """
-        Means over all processes, and start again. Every process must call it.
+        Means over all values of all processes, and start again. Every process must call it.
 
-        A name that ends in `_min` or `_max` is the smallest or largest value instead, as TRL has it.
+        A name that ends in `_min` or `_max` is the smallest or largest value instead. Values that are NaN, such as the mean
+        of a reward that applied to no video, are left out where there are others.
         """
-        local = {name: [float(v) for v in values] for name, values in self.values.items()}
+        local = {
+            name: [number for value in values for number in torch.as_tensor(value).flatten().tolist()]
+            for name, values in self.values.items()
+        }
         merged: dict[str, list[float]] = defaultdict(list)
         for one in gather_object([local]):
             for name, values in one.items():
                 merged[name] += values
+        merged = {name: [v for v in values if not math.isnan(v)] or values for name, values in merged.items()}
         self.values.clear()
         reduce = {"min": min, "max": max}
         return {

@@ -24,6 +24,7 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -52,6 +53,7 @@ from .callbacks import SyncReferenceCallback
 from .completions import CompletionLog
 from .draws import draw_seed
 from .ema import WeightAverage
+from .grpo_choices import choose_batch_guidance, choose_reuse
 from .grpo_config import VideoGRPOConfig
 from .grpo_logging import GenerationMetrics, log_completions, nanstd, video_advantages
 from .grpo_plans import check_schedule, credited, draw_plan
@@ -61,6 +63,7 @@ from .prompt_batches import GenerationSampler, PromptRows, as_given, prompts_wit
 logger = logging.get_logger(__name__)
 
 MAX_CACHED_CONDITIONS = 1024  # prompts whose encoded text is kept on the CPU
+CHOICES = "grpo_choices.json"  # in checkpoints: what was chosen where the configuration left it open
 MEAN_ONE = ("tgr", "tempflow")  # weightings that are normalised to mean 1 over the global batch
 
 
@@ -175,7 +178,7 @@ class VideoGRPOTrainer(VideoTrainer):
         self.metrics = GenerationMetrics()
         self._conditions: OrderedDict[tuple, Condition] = OrderedDict()
         self._completions: CompletionLog | None = None
-        self._last_ratio_deviation = self._update_time = 0.0
+        self._last_ratio_deviation = self._update_time = self._step_time = 0.0
         super().__init__(
             model,
             args,
@@ -195,14 +198,17 @@ class VideoGRPOTrainer(VideoTrainer):
                 )
             self.roles["old"] = WeightAverage(self.model, decay=0.5)
         if args.beta > 0 and (args.sync_ref_model or not self.has_adapter):
-            if args.reuse_rollout:
-                raise ValueError(
-                    "reuse_rollout keeps a graph over the weights, which a reference of its own (full fine-tuning or "
-                    "sync_ref_model, with beta > 0) takes the place of in between: set reuse_rollout=False or beta=0"
-                )
             self.roles["reference"] = WeightAverage(self.model, decay=0.5)
             if args.sync_ref_model:
                 self.add_callback(SyncReferenceCallback(self.roles["reference"]))
+        sharded, experts = self.is_fsdp_enabled or self.is_deepspeed_enabled, len(self.video_model.denoisers)
+        self.reuse_rollout = choose_reuse(
+            args,
+            own_reference="reference" in self.roles,
+            whole=not sharded and experts == 1,
+            dropout=any(module.p > 0 for module in self.model.modules() if isinstance(module, nn.Dropout)),
+        )
+        self.batch_guidance = args.batch_guidance  # chosen before the first rollout, if left open
         if args.num_prompts * args.num_generations < 64:
             logger.warning(
                 f"{args.num_prompts} prompts x {args.num_generations} generations = "
@@ -391,10 +397,11 @@ class VideoGRPOTrainer(VideoTrainer):
         latents, decisions, videos, handles, evaluations = [], [], [], [], 0
         batch_size = args.rollout_batch_size or args.per_device_train_batch_size
         policy = self.roles["old"].swapped_in() if args.loss_type == "nft" else contextlib.nullcontext()
+        if self.batch_guidance is None:
+            self.batch_guidance = choose_batch_guidance(self, groups[0])
         with policy:
-            size = len(groups) if args.reuse_rollout else batch_size
-            for start in range(0, len(groups), size):
-                began, part = time.perf_counter(), range(start, min(start + size, len(groups)))
+            for start in range(0, len(groups), batch_size):
+                began, part = time.perf_counter(), range(start, min(start + batch_size, len(groups)))
                 with self.accelerator.autocast(), torch.no_grad():
                     result = rollout(
                         model,
@@ -407,12 +414,12 @@ class VideoGRPOTrainer(VideoTrainer):
                         draw=lambda i, *key, start=start: draw(groups[start + i], *key),
                         guidance_scale=self.guidance_scale,
                         batch_size=batch_size,
-                        batch_guidance=args.batch_guidance,
+                        batch_guidance=self.batch_guidance,
                         antithetic=args.antithetic,
                         tail_solver=args.tail_solver,
                         share=args.share_prefix,
-                        keep_graph=args.reuse_rollout,
-                        denoiser=self.by_expert(self.model_wrapped if args.reuse_rollout else self.model),
+                        keep_graph=self.reuse_rollout,
+                        denoiser=self.by_expert(self.model_wrapped if self.reuse_rollout else self.model),
                     )
                 decoded = model.decode(torch.cat(result.latents), chunk_size=args.vae_batch_size)
                 rollout_time += time.perf_counter() - began
@@ -630,7 +637,7 @@ class VideoGRPOTrainer(VideoTrainer):
             useful.sort(key=lambda item: item.group)  # several updates share out the videos, not their steps
         bounds = [round(i * len(useful) / number) for i in range(number + 1)]
         slices = [useful[low:high] for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
-        size = 10**9 if args.reuse_rollout else args.per_device_train_batch_size
+        size = 10**9 if self.reuse_rollout else args.per_device_train_batch_size
         batches = [self._batches(part, size) for part in slices]
 
         per_update = args.gradient_accumulation_steps
@@ -683,8 +690,8 @@ class VideoGRPOTrainer(VideoTrainer):
             guided_velocity(
                 self.video_model, x[rows], sigma[rows] if mixed else float(sigma[rows[0]]),
                 Condition.cat([self._group_conditions[groups[i]] for i in rows.tolist()]),
-                self._negatives([groups[i] for i in rows.tolist()]), self.guidance_scale,
-                batched=self.args.batch_guidance, denoiser=self.by_expert(model),
+                self._negatives([groups[i] for i in rows.tolist()]), self.guidance_scale, batched=bool(self.batch_guidance),
+                denoiser=self.by_expert(model),
             )
             for rows in parts
         ]  # fmt: skip
@@ -783,6 +790,7 @@ class VideoGRPOTrainer(VideoTrainer):
         """One slice of a generation; its first slice samples the generation."""
         args = self.args
         epoch, number, micro_step = inputs[0][0][:3]
+        entered = time.perf_counter()
         model.train()
         # a new call of `train` starts over with the same numbers
         fresh = micro_step == 0 or self._generation is None or self._generation[0] != (epoch, number)
@@ -805,7 +813,22 @@ class VideoGRPOTrainer(VideoTrainer):
         if (micro_step + 1) % (args.steps_per_generation * args.num_iterations) == 0:
             self.metrics.values["update_time"].append(self._update_time)
             self._update_time = 0.0
+        self._step_time += time.perf_counter() - entered
+        if (micro_step + 1) % args.gradient_accumulation_steps == 0:
+            self.metrics.values["step_time"].append(self._step_time)
+            self._step_time = 0.0
         return total
+
+    def save_rank_state(self, directory: Path) -> None:
+        super().save_rank_state(directory)
+        if self.is_world_process_zero():
+            (directory / CHOICES).write_text(json.dumps({"batch_guidance": self.batch_guidance}))
+
+    def load_rank_state(self, directory: Path) -> None:
+        super().load_rank_state(directory)
+        chosen = directory / CHOICES
+        if self.args.batch_guidance is None and chosen.is_file():  # other free memory must not change a resumed run
+            self.batch_guidance = json.loads(chosen.read_text())["batch_guidance"]
 
     def _check_on_policy(self) -> None:
         """Nothing has been learned yet from this generation, so the update must see what the rollout saw."""
