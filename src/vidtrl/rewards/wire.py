@@ -57,7 +57,7 @@ def quantize(video: torch.Tensor, dtype: str = "uint8") -> torch.Tensor:
         low, high = (x.item() for x in video.aminmax())
         if not (low >= 0 and high <= 1):  # true for NaN as well
             raise ValueError(f"pixels must be in [0, 1] to be sent as uint8, not {low:g} to {high:g}; clamp the video")
-        video = (video * 255).round()
+        video = video.mul(255).round_()
     return video.to(DTYPES[dtype]).cpu().contiguous()
 
 
@@ -69,7 +69,7 @@ def dequantize(video: torch.Tensor, device: torch.device | str = "cpu") -> torch
         video (`torch.Tensor`): From [`quantize`], (F, C, H, W).
         device (*optional*, defaults to `"cpu"`): Where the result goes.
     """
-    return (video.float() / 255 if video.dtype == torch.uint8 else video.float()).to(device)
+    return (video.float().div_(255) if video.dtype == torch.uint8 else video.float()).to(device)
 
 
 def pack(request: ScoreRequest, dtype: str = "uint8") -> bytes:
