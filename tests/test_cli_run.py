@@ -13,17 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from diffusers import WanPipeline
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from vidtrl import toy
 from vidtrl.cli.errors import UserError
 from vidtrl.cli.main import main
+from vidtrl.cli.run import _apart
 from vidtrl.cli.run_plan import read_pipeline
 from vidtrl.cli.run_stage import run_process
 from vidtrl.cli.run_state import State, data_digests, identity, output_digest, plan
-from vidtrl.prompts import PromptEnhancer
+from vidtrl.prompts import PromptEnhancer, video_reward
 from vidtrl.toy import captions, write_dataset
 from vidtrl.toy.paraphrases import enhancer_path, paraphrases
+from vidtrl.trainer.lora import add_lora, save_adapter
 
 
 ROOT = Path(__file__).parents[1]
@@ -131,7 +135,7 @@ MISTAKES = [
     ({"launch__num_machines": 2}, "starts its stages on one machine"),
     ({"launch__accelerate_config": "sinlge"}, "neither a file nor one of"),
     ({"stages__grpo__recipe": "flash-gpro"}, "stages.grpo: argument --recipe: invalid choice: 'flash-gpro'"),
-    ({"stages__sft__learning_rate": "fast"}, "stages.sft: argument --learning_rate: invalid float value: 'fast'"),
+    ({"stages__sft__learning_rate": "fast"}, "--learning-rate: invalid float value: 'fast'"),
     ({"stages__distill__denoising_steps": [1, 2]}, "stages.distill: denoising_steps must be strictly decreasing"),
     ({"stages__grpo__reward_funcs": ["toy-colour"]}, "Did you mean 'toy-color'?"),
     ({"stages__grpo__output_dir": "x"}, "stages.grpo.output_dir is set by vidtrl run: write output_dir, beside stages"),
@@ -171,6 +175,14 @@ def test_options_are_checked(here, capsys, options, message):
     assert not Path("out").exists()
 
 
+def test_settings_are_read_in_another_process_where_there_is_an_accelerator(monkeypatch):
+    assert _apart(os.getpid) == os.getpid()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert _apart(os.getpid) != os.getpid()
+    with pytest.raises(UserError, match="'nowhere.yaml' does not exist"):
+        _apart(read_pipeline, "nowhere.yaml")
+
+
 # ---- The dry run ----
 
 
@@ -197,7 +209,7 @@ def test_dry_run_prints_every_setting_and_starts_nothing(here, capsys):
     assert "sft.max_steps: 1  # stage" in parts["prompt"] and "grpo.temperature=" in parts["prompt"]
     assert "sft: runs" in shown and not Path("out").exists()
     for name in ("sft", "grpo", "distill"):
-        assert "GB on each device, in the phase" in parts[name], parts[name][-2000:]
+        assert "on each device, in the phase" in parts[name], parts[name][-2000:]
     assert "language model" in parts["prompt"].partition("memory:")[2]
 
 
@@ -336,6 +348,39 @@ def test_signals_reach_the_stage(tmp_path, number):
     process.send_signal(number)
     rest, _ = process.communicate(timeout=60)
     assert "leaving" in rest and "Ended(code=130, stopped=True" in rest
+
+
+# ---- The frozen model of the prompt stage ----
+
+
+def test_the_enhancer_is_trained_against_the_model_with_the_adapters_so_far(tmp_path):
+    for seed in (0, 1):
+        pipe = WanPipeline.from_pretrained(toy.pipeline_path())
+        model = add_lora(pipe.transformer, LoraConfig(r=2))
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "lora_B" in name:
+                    weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
+        (tmp_path / str(seed)).mkdir()
+        save_adapter(model, tmp_path / str(seed))
+    size = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 1.0}
+    enhancer = PromptEnhancer(None)
+
+    def video(model, **options):
+        reward = video_reward(model, "toy-presence", enhancer=enhancer, max_sequence_length=16, **size, **options)
+        return reward.generate(["a red circle moving right"])[0]
+
+    stacked = [str(tmp_path / "0"), str(tmp_path / "1")]
+    found = video(toy.pipeline_path(), base_adapters=stacked, device="cpu")
+    pipe = WanPipeline.from_pretrained(toy.pipeline_path())
+    for name, source in zip(("first", "second"), stacked, strict=True):
+        pipe.load_lora_weights(source, adapter_name=name)
+    pipe.set_adapters(["first", "second"])
+    assert (found - video(pipe)).abs().max() < 1.5 / 255  # 8 bits, and adapters that are added up in another order
+    assert (found - video(toy.pipeline_path(), device="cpu")).abs().max() > 0.1
+    assert (found - video(toy.pipeline_path(), base_adapters=stacked[:1], device="cpu")).abs().max() > 0.1
+    with pytest.raises(ValueError, match="load them into the pipeline that you pass"):
+        video(pipe, base_adapters=stacked)
 
 
 # ---- All of it ----

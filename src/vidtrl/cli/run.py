@@ -25,6 +25,7 @@ from .run_plan import (
     ADAPTERS,
     STAGES,
     Pipeline,
+    has_accelerator,
     missing_data,
     parse_stage,
     read_pipeline,
@@ -39,8 +40,8 @@ WORDS = {
     "done": "done before",
     "run": "runs",
     "continue": "goes on from",
-    "redo": "runs anew, what is there is put aside:",
-    "skip": "left out:",
+    "redo": "runs anew, what is there is put aside",
+    "skip": "left out",
 }
 
 
@@ -80,12 +81,15 @@ def run(argv: Sequence[str]) -> int:
     missing = [line for stage in pipeline.stages if stage.name in selected for line in missing_data(stage)]
     if missing:
         raise UserError("; ".join(missing))
-    steps = plan(pipeline, State(pipeline.output_dir), selected, args.redo)  # refuses before anything is made
+    plan(pipeline, State(pipeline.output_dir), selected, args.redo)  # refuses before anything is made
     held = lock(pipeline.output_dir)
     state = State(pipeline.output_dir)
-    again = shlex.join(["vidtrl", "run", *(a for a in argv if a not in ("--redo", *args.redo))])
+    steps = plan(pipeline, state, selected, args.redo)
+    again = shlex.join(
+        ["vidtrl", "run", "--config", args.config, *(["--stages", *args.stages] if args.stages else [])]
+    )
     for step in steps:
-        print(f"{step.stage.name}: {WORDS[step.action]} {step.reason}".rstrip(), flush=True)
+        print(_line(step), flush=True)
     for number, step in enumerate(steps, 1):
         if step.action in ("run", "continue", "redo"):
             print(f"\n[{number}/{len(steps)}] {step.stage.name}", flush=True)
@@ -95,6 +99,11 @@ def run(argv: Sequence[str]) -> int:
     finished = [stage for stage in pipeline.stages if state.finished(stage.name)]
     print_summary(pipeline, finished, state, write_script(pipeline, finished))
     return 0
+
+
+def _line(step: Step) -> str:
+    reason = step.reason if step.action == "continue" else f"({step.reason})"
+    return f"{step.stage.name}: {WORDS[step.action]}" + (f" {reason}" if step.reason else "")
 
 
 def check(pipeline: Pipeline) -> None:
@@ -158,18 +167,15 @@ def run_stage(pipeline: Pipeline, step: Step, state: State, held: int, again: st
         if ended.code or ended.stopped:
             break
     seconds = round(before + time.monotonic() - start, 1)
-    if ended.code == 0:  # also of one that was told to stop and had ended by then
+    if ended.code == 0 and command is commands[-1]:  # also if it was told to stop, but had ended by then
         if stage.name == "distill":
             adapters_beside(stage)
         digest = output_digest(stage)
-        if digest is None and not ended.stopped:
+        if digest is None:
             raise RuntimeError(f"stage {stage.name} ended without its result in {stage.folder}; see {log}")
-        if digest is not None and command is commands[-1]:
-            state.write(
-                stage.name, status="finished", output=digest, seconds=seconds, pid=None, figures=figures(stage)
-            )
-            if not ended.stopped:
-                return 0
+        state.write(stage.name, status="finished", output=digest, seconds=seconds, pid=None, figures=figures(stage))
+        if not ended.stopped:
+            return 0
     if ended.stopped:
         if not state.finished(stage.name):
             state.write(stage.name, status="interrupted", seconds=seconds, pid=None)
@@ -190,7 +196,9 @@ def dry_run(pipeline: Pipeline, selected: Sequence[str], redo: Sequence[str], pa
     width = 100
     print(f"{path}: {pipeline.model}, {len(steps)} stages, in {pipeline.output_dir}")
     for step in steps:
-        print(f"  {step.stage.name}: {WORDS[step.action]} {step.reason}".rstrip())
+        print(f"  {_line(step)}")
+    if not has_accelerator():
+        print("this machine has no accelerator: settings marked derived are as they would be here (bf16 off)")
     for number, (step, (rows, memory)) in enumerate(zip(steps, described, strict=True), 1):
         stage = step.stage
         print(f"\n[{number}/{len(steps)}] {stage.name}")

@@ -246,7 +246,7 @@ def parse_stage(stage: Stage, dry_run: bool = False) -> tuple:
         [`UserError`]: Says stage and setting.
     """
     settings = dict(stage.settings)
-    if dry_run and not _has_accelerator():
+    if dry_run and not has_accelerator():
         settings = _on_a_cpu(stage.name, settings)
     command = importlib.import_module(f".{stage.name}", __package__)
     with tempfile.TemporaryDirectory() as folder, _environment():
@@ -308,7 +308,8 @@ def missing_data(stage: Stage) -> list[str]:
     return found
 
 
-def _has_accelerator() -> bool:
+def has_accelerator() -> bool:
+    """Whether this machine has a device to train on."""
     import torch
 
     return torch.accelerator.is_available()
