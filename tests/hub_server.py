@@ -32,6 +32,7 @@ CHUNK = 64 << 10
 LICENSES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "openrail", "openrail++", "other", "unknown"}
 TASKS = {"text-to-video", "image-to-video", "text-generation", "text-to-image", "reinforcement-learning"}
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+ME, READER, OTHER = "hf_MeMayWriteEverything1", "hf_ReaderMayWriteNothing1", "hf_OtherOwnsSomethingElse1"
 MIME = {".mp4": "video/mp4", ".png": "image/png", ".json": "application/json", ".md": "text/markdown"}
 
 
@@ -103,7 +104,7 @@ class Fault:
 
 class Hub(ThreadingHTTPServer):
     """
-    One Hub. `users` are tokens and whose they are: `hf_me` may write, `hf_reader` may not.
+    One Hub. `users` are tokens and whose they are.
 
     Args:
         part_size (`int`, *optional*): LFS files above so many bytes are uploaded in parts.
@@ -122,14 +123,15 @@ class Hub(ThreadingHTTPServer):
         self.cdn_url = f"http://127.0.0.1:{self.cdn.server_port}"
         self.part_size = part_size
         self.users = {
-            "hf_me": User("me", organizations=("lab",)),
-            "hf_reader": User("reader", write=False),
-            "hf_other": User("other"),
+            ME: User("me", organizations=("lab",)),
+            READER: User("reader", write=False),
+            OTHER: User("other"),
         }
         self.repos: dict[tuple[str, str], Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.parts: dict[tuple[str, int], bytes] = {}
         self.requests: list[tuple[str, str, int]] = []  # method, path, status (0: the connection was closed)
+        self.ranges: list[tuple[int, str]] = []  # status, what was asked for
         self.received = 0  # bytes of LFS content
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
@@ -194,7 +196,7 @@ class Hub(ThreadingHTTPServer):
     def count(self, method: str, path: str) -> int:
         return sum(m == method and re.search(path, p) is not None for m, p, _ in self.requests)
 
-    def environment(self, cache: os.PathLike, token: str | None = "hf_me") -> dict[str, str]:
+    def environment(self, cache: os.PathLike, token: str | None = ME) -> dict[str, str]:
         """Of a fresh process whose Hub this is."""
         environment = dict(os.environ) | {
             "HF_ENDPOINT": self.url,
@@ -367,6 +369,7 @@ class Handler(BaseHTTPRequestHandler):
         if start >= len(data):
             return self.send(416, b"", {**headers, "Content-Range": f"bytes */{len(data)}"})
         end = min(end, len(data) - 1)
+        self.hub.ranges.append((206, wanted[0]))
         self.send(206, data[start : end + 1], {**headers, "Content-Range": f"bytes {start}-{end}/{len(data)}"})
 
     # ---- Accounts and repositories ----
@@ -612,7 +615,7 @@ def card_problems(text: str, kind: str = "model") -> list[str]:
     return problems
 
 
-def connect(hub: Hub, monkeypatch, cache, token: str | None = "hf_me") -> None:
+def connect(hub: Hub, monkeypatch, cache, token: str | None = ME) -> None:
     """Point this process' clients at `hub`. They read the environment once, when they are imported."""
     import huggingface_hub
     import transformers.utils.hub

@@ -3,14 +3,9 @@
 import json
 import re
 import sys
-from concurrent.futures import Future
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -18,7 +13,6 @@ from sft_setup import SIZE, digest, make_args, make_trainer, trained_weights
 from tiny_pipelines import wan
 
 from vidtrl import VideoSFTConfig, VideoSFTTrainer
-from vidtrl.trainer import base_trainer
 
 
 CALL = dict(SIZE, num_inference_steps=2, guidance_scale=2.0, output_type="latent")
@@ -167,51 +161,6 @@ def test_validation_videos_are_what_the_stock_pipeline_generates(lora_run):
     assert (written - video).abs().mean() < 0.05  # h264
     before = read_video(out / "validation" / "step_000000" / name).float() / 255
     assert (before - written).abs().mean() > 1e-4
-
-
-def test_push_copies_the_weights_beside_a_card(lora_run):
-    trainer, out, _, _ = lora_run
-    (out / "pytorch_lora_weights.safetensors").unlink()
-    trainer._collect_for_push(str(out / "checkpoint-2"))
-    pushed = load_file(out / "pytorch_lora_weights.safetensors")
-    assert digest(pushed) == digest(load_file(out / "checkpoint-2" / "pytorch_lora_weights.safetensors"))
-    assert digest(pushed) != digest(load_file(out / "checkpoint-4" / "pytorch_lora_weights.safetensors"))
-    assert (out / "README.md").read_text().startswith("---")
-    trainer.save_model()
-
-
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_what_is_pushed(clips, cache_dir, tmp_path, monkeypatch, lora):
-    """The network alone is replaced: by a list of what would go out."""
-    pushed = []
-
-    def upload(*, folder_path, commit_message, ignore_patterns=None, path_in_repo="", run_as_future=False, **kwargs):
-        files = [str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*") if p.is_file()]
-        pushed.append((commit_message, path_in_repo, set(filter_repo_objects(files, ignore_patterns=ignore_patterns))))
-        done = Future()
-        done.set_result(None)
-        return done if run_as_future else None
-
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, *args, **kwargs: SimpleNamespace(repo_id="me/wan-sft"))
-    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kwargs: upload(**kwargs))
-    monkeypatch.setattr(base_trainer, "upload_folder", upload)
-    saving = dict(
-        save_strategy="steps", save_steps=2, max_steps=2, hub_strategy="checkpoint" if lora else "every_save"
-    )
-    hub = dict(push_to_hub=True, hub_model_id="me/wan-sft", hub_token="hf_secret")
-    trainer = make_trainer(tmp_path, clips, cache_dir, lora=lora, **saving, **hub)
-    trainer.train()
-    trainer.push_to_hub(dataset_name="me/clips")
-
-    weights = "pytorch_lora_weights.safetensors" if lora else "transformer/diffusion_pytorch_model.safetensors"
-    assert [message for message, _, _ in pushed][-1] == "End of training" and len(pushed) == (3 if lora else 2)
-    for _, path, files in pushed:
-        assert weights in files and (path == "last-checkpoint") == ("optimizer.pt" in files)
-        assert "README.md" in files or path
-        assert not any("checkpoint" in name or name.endswith(".bin") for name in files)
-    card = (tmp_path / "README.md").read_text()
-    assert ('load_lora_weights("me/wan-sft")' in card) == lora and "me/clips" in card
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
 
 
 def test_full_fine_tuning_round_trip(clips, cache_dir, tmp_path):

@@ -44,13 +44,13 @@ def run(argv: Sequence[str]) -> int:
         "commit_message": args.message,
     }
     if kind == "model":
-        url = hub.push_to_hub(args.directory, args.repo, repo_type="model", **options)
+        commit = hub.push_to_hub(args.directory, args.repo, repo_type="model", **options)
     elif kind == "rollouts":
-        url = hub.push_rollouts(args.directory, args.repo, steps=args.steps, **options)
+        commit = hub.push_rollouts(args.directory, args.repo, steps=args.steps, **options)
     else:
         push = hub.push_preferences if kind == "preferences" else hub.push_sft
-        url = push(args.directory, args.repo, **options)
-    print(url)
+        commit = push(args.directory, args.repo, **options)
+    print(commit.commit_url)
     return 0
 
 

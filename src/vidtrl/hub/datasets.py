@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from datasets import Dataset, IterableDataset, Video
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from huggingface_hub import CommitInfo, DatasetCard, DatasetCardData, HfApi
 
 from ..data.video import probe_video, source_name
 from .upload import create_repository, place, push_folder
@@ -41,7 +41,7 @@ def push_rollouts(
     token: str | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
-) -> str:
+) -> CommitInfo:
     """
     Upload what a run generated: prompt, video, every reward, advantage, step and seed.
 
@@ -56,7 +56,7 @@ def push_rollouts(
         commit_message (`str`, *optional*): Title of the commit.
 
     Returns:
-        `str`: The commit's address.
+        `CommitInfo`: The commit; as a `str` its address.
 
     Raises:
         `ValueError`: No rows, a row without prompt, or a video that the viewer cannot play; the message names the row.
@@ -88,7 +88,7 @@ def push_preferences(
     token: str | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
-) -> str:
+) -> CommitInfo:
     """
     Upload preferences: rows of `prompt` and the videos `chosen` and `rejected`.
 
@@ -97,7 +97,7 @@ def push_preferences(
         repo_id, private, token, revision, commit_message: As for [`push_rollouts`].
 
     Returns:
-        `str`: The commit's address.
+        `CommitInfo`: The commit; as a `str` its address.
 
     Raises:
         `ValueError`, [`HubError`]: As [`push_rollouts`].
@@ -113,7 +113,7 @@ def push_sft(
     token: str | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
-) -> str:
+) -> CommitInfo:
     """
     Upload captioned clips: rows of `prompt` and `video`.
 
@@ -122,7 +122,7 @@ def push_sft(
         repo_id, private, token, revision, commit_message: As for [`push_rollouts`].
 
     Returns:
-        `str`: The commit's address.
+        `CommitInfo`: The commit; as a `str` its address.
 
     Raises:
         `ValueError`, [`HubError`]: As [`push_rollouts`].
@@ -130,7 +130,7 @@ def push_sft(
     return _push("sft", source, repo_id, lambda row: True, private, token, revision, commit_message)
 
 
-def _push(kind, source, repo_id, chosen, private, token, revision, commit_message) -> str:
+def _push(kind, source, repo_id, chosen, private, token, revision, commit_message) -> CommitInfo:
     with tempfile.TemporaryDirectory() as staging:
         rows = write_video_folder(kind, source, Path(staging), chosen)
         api = HfApi(token=token)
@@ -162,12 +162,12 @@ def write_video_folder(kind: str, source: Any, folder: Path, chosen=lambda row: 
         prompt = row.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"row {number} has no prompt: its columns are {', '.join(row)}")
+        if missing := [column for column in columns if row.get(column) is None]:
+            raise ValueError(
+                f"row {number} has no {missing[0]!r}: {kind} are rows of prompt, {' and '.join(columns)}; its columns are "
+                f"{', '.join(row)}"
+            )
         for column in columns:
-            if row.get(column) is None:
-                raise ValueError(
-                    f"row {number} has no {column!r}: {kind} are rows of prompt, {' and '.join(columns)}; its columns are "
-                    f"{', '.join(row)}"
-                )
             name = f"videos/{number:06d}{'' if column == 'video' else f'-{column}'}"
             written["file_name" if column == "video" else f"{column}_file_name"] = _place(
                 row[column], folder, name, number

@@ -6,14 +6,19 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HTTPError
+from transformers.utils import logging
 
 from ..trainer.lora import ADAPTER_FILE, EXPERT_FILES, BaseAdapter
+from .run_summary import method_and_paper
 
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+
+logger = logging.get_logger(__name__)
 
 PEFT_LOADER = """\
 import json
@@ -50,9 +55,13 @@ def build_model_card(
     generation: dict[str, Any] | None = None,
     fps: float = 16,
     sample_videos: list[dict[str, str]] | None = None,
-    license: str | None = None,
+    license: str | dict[str, str] | None = None,
     base_adapters: list[BaseAdapter] | None = None,
     usage: str | None = None,
+    recipe: str | None = None,
+    rewards: list[dict[str, str]] | None = None,
+    evaluation: list[dict[str, str]] | None = None,
+    curves: list[dict[str, str]] | None = None,
 ) -> ModelCard:
     """
     Build the card of a trained video model. Makes no network call; `card.save(path)` writes it.
@@ -75,9 +84,14 @@ def build_model_card(
         generation (`dict`, *optional*): Arguments of the pipeline call in the snippet.
         fps (`float`, *optional*, defaults to `16`): Frame rate of the written video.
         sample_videos (`list[dict]`, *optional*): `{"path": relative path, "prompt": text}`.
-        license (`str`, *optional*): Licence of the weights.
+        license (`str` or `dict`, *optional*): Licence of the weights; with `license_name` and `license_link`, as
+            [`licence_of`] gives it.
         base_adapters (`list[BaseAdapter]`, *optional*): Adapters that stay on under this one.
         usage (`str`, *optional*): Python code that samples the model, in place of the stock pipeline's call.
+        recipe (`str`, *optional*): Of the trainer's configuration; its paper is linked.
+        rewards, evaluation (`list[dict]`, *optional*): Rows of `name`, `first`, `last` and `step`, as `first_and_last` of
+            run_summary.py gives them.
+        curves (`list[dict]`, *optional*): `{"path": relative path, "title": text}` of pictures.
 
     Returns:
         `huggingface_hub.ModelCard`.
@@ -101,13 +115,15 @@ def build_model_card(
     """
     samples, task = sample_videos or [], "image-to-video" if image else "text-to-video"
     datasets = [dataset_name] if isinstance(dataset_name, str) else dataset_name
-    on_hub = bool(base_model) and base_model.count("/") == 1 and not os.path.exists(base_model)
+    on_hub = is_hub_id(base_model)
+    how, paper = method_and_paper(method, recipe)
     all_tags = ["vidtrl", task, "diffusers", "lora" if adapter else "full-finetuning", *(tags or [])]
+    all_tags += [f"arxiv:{paper}"] if paper else []
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag=task,
         tags=list(dict.fromkeys(all_tags)),
-        license=license,
+        **(license if isinstance(license, dict) else {"license": license}),
         datasets=datasets,
         # the Hub refuses a card whose base model is no repository
         base_model=base_model if on_hub else None,
@@ -136,7 +152,41 @@ def build_model_card(
         samples=samples,
         loading=load_adapters(repo_id, denoiser_names, lora_loader, base_adapters or []),
         usage=usage,
+        how=how,
+        rewards=rewards or [],
+        evaluation=evaluation or [],
+        curves=curves or [],
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is a repository's and not a path."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not os.path.exists(name)
+
+
+def licence_of(base_model: str, token: str | None = None) -> dict[str, str]:
+    """
+    The licence that a base model's card states, which is also that of what was trained from it. Asks the Hub.
+
+    Args:
+        base_model (`str`): Hub id or directory.
+        token (`str`, *optional*): For a repository that is not public.
+
+    Returns:
+        `dict[str, str]`: `license` and, of one that has no short name on the Hub, `license_name` and `license_link`; empty
+        where there is no card, or it cannot be read.
+    """
+    path = os.path.join(base_model, "README.md")
+    if is_hub_id(base_model):
+        try:
+            path = hf_hub_download(base_model, "README.md", token=token)
+        except (HTTPError, OSError) as error:  # a missing card or network must not cost the upload
+            logger.warning(f"the licence of {base_model} is not known, so the card has none ({type(error).__name__})")
+            return {}
+    if not os.path.isfile(path):
+        return {}
+    data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    return {name: data[name] for name in ("license", "license_name", "license_link") if data.get(name)}
 
 
 def load_adapters(source: str, denoiser_names: list[str], loader: str, base_adapters: list[BaseAdapter]) -> str:

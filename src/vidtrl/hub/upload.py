@@ -7,8 +7,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import CommitInfo, HfApi, ModelCard, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import filter_repo_objects, get_token
 from transformers.utils import logging
@@ -30,7 +31,8 @@ MODEL_FILES = [
     "training_args.json",
     MANIFEST,
 ]
-PAGE_FILES = ["README.md", "curves/*.png", "runs/*"]  # the card, what it shows, and TensorBoard's logs
+# of the run: what its card shows, adapters of earlier stages, and TensorBoard's logs, which the Hub shows as well
+PAGE_FILES = ["curves/*.png", "base_adapters/*", "runs/*"]
 LEFTOVERS = [
     "_*",
     "*/_*",
@@ -60,7 +62,7 @@ def push_to_hub(
     token: str | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
-) -> str:
+) -> CommitInfo:
     """
     Upload what a trainer, [`PromptEnhancer`] or [`export_student`] saved, or a folder of videos with `metadata.jsonl`.
 
@@ -78,7 +80,7 @@ def push_to_hub(
         commit_message (`str`, *optional*): Title of the commit.
 
     Returns:
-        `str`: The commit's address.
+        `CommitInfo`: The commit; as a `str` its address.
 
     Raises:
         `ValueError`: There is nothing to upload, or the card's metadata is invalid.
@@ -94,7 +96,10 @@ def push_to_hub(
     beside = directory if os.access(directory, os.W_OK) else None  # where large files can be linked
     with tempfile.TemporaryDirectory(prefix="_push-", dir=beside) as staging:
         stage(directory, Path(staging), repo_id, revision, everything=is_dataset)
-        return push_folder(api, staging, repo_id, repo_type, revision, commit_message or f"Upload {directory.name}")
+        add_licence(Path(staging, "README.md"), token)
+        message = commit_message or f"Upload {directory.name}"
+        outdated = None if is_dataset else ["validation/*"]  # samples are those on the card
+        return push_folder(api, staging, repo_id, repo_type, revision, message, outdated)
 
 
 def pull_from_hub(
@@ -141,12 +146,21 @@ def create_repository(api: HfApi, repo_id: str, repo_type: str, private: bool | 
     """Make sure that a repository and a branch of it exist; the full id. Raises [`HubError`]."""
 
     def create() -> str:
-        full = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
-        if revision not in (None, constants.DEFAULT_REVISION):
-            api.create_branch(full, branch=revision, repo_type=repo_type, exist_ok=True)
-        return full
+        return api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
 
-    return retried(create, f"cannot create {repo_id}", api.token)
+    full = retried(create, f"cannot create {repo_id}", api.token)
+    create_branch(api, full, repo_type, revision)
+    return full
+
+
+def create_branch(api: HfApi, repo_id: str, repo_type: str, revision: str | None) -> None:
+    """Make sure that a branch of an existing repository exists. Raises [`HubError`]."""
+    if revision not in (None, constants.DEFAULT_REVISION):
+        retried(
+            lambda: api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True),
+            f"cannot create the branch {revision} of {repo_id}",
+            api.token,
+        )
 
 
 def push_folder(
@@ -157,7 +171,7 @@ def push_folder(
     revision: str | None = None,
     commit_message: str | None = None,
     delete_patterns: list[str] | None = None,
-) -> str:
+) -> CommitInfo:
     """
     Upload all of a folder in one go. What an earlier attempt has uploaded is not sent again.
 
@@ -171,14 +185,14 @@ def push_folder(
         delete_patterns (`list[str]`, *optional*): What to delete of the repository, where the folder has no such file.
 
     Returns:
-        `str`: The commit's address.
+        `CommitInfo`: The commit; as a `str` its address.
 
     Raises:
         [`HubError`]: The Hub refused, or could not be reached.
     """
 
-    def push() -> str:
-        info = api.upload_folder(
+    def push() -> CommitInfo:
+        return api.upload_folder(
             repo_id=repo_id,
             repo_type=repo_type,
             folder_path=folder,
@@ -186,12 +200,11 @@ def push_folder(
             commit_message=commit_message,
             delete_patterns=delete_patterns,
         )
-        return info.commit_url
 
     return retried(push, f"cannot push to {repo_id}", api.token)
 
 
-def retried(action: Callable[[], str], what: str, token: str | bool | None = None) -> str:
+def retried(action: Callable[[], Any], what: str, token: str | bool | None = None) -> Any:
     """Do it, again after what a second attempt may mend; else a [`HubError`]."""
     wait = WAIT
     for attempt in range(ATTEMPTS):
@@ -311,8 +324,8 @@ def stage(
         return
     text = card.read_text(encoding="utf-8")
     shown = [p.relative_to(page).as_posix() for p in sorted(page.rglob("*")) if p.is_file()]
-    for name in [*filter_repo_objects(shown, allow_patterns=PAGE_FILES[1:]), *_media(text)]:
-        if (page / name).is_file():
+    for name in [*filter_repo_objects(shown, allow_patterns=PAGE_FILES, ignore_patterns=LEFTOVERS), *_media(text)]:
+        if (page / name).is_file() and not (staging / name).exists():
             place(page / name, staging / name, copy=True)
     (staging / "README.md").unlink(missing_ok=True)  # may be a link to the file that is being read
     (staging / "README.md").write_text(card_for(text, repo_id, revision), encoding="utf-8")
@@ -328,6 +341,20 @@ def place(source: Path, target: Path, copy: bool = False) -> None:
         except OSError:  # another file system, or one without links
             pass
     shutil.copyfile(source, target)
+
+
+def add_licence(card: Path, token: str | None = None) -> None:
+    """Where a card states no licence, that of the base model on the Hub that it names. Asks the Hub."""
+    from .model_card import licence_of
+
+    if not card.is_file():
+        return
+    loaded = ModelCard.load(card, ignore_metadata_errors=True)
+    base = loaded.data.base_model
+    if loaded.data.license is None and isinstance(base, str):
+        for name, value in licence_of(base, token).items():
+            setattr(loaded.data, name, value)
+        loaded.save(card)
 
 
 MARKER = re.compile(r'<!-- vidtrl: the code above loads from ("(?:[^"\\]|\\.)*") -->')
@@ -353,6 +380,10 @@ def card_for(text: str, repo_id: str, revision: str | None = None) -> str:
     """
     if (marker := MARKER.search(text)) is not None:
         text = text.replace(marker[1], f'"{repo_id}"')
+        text = re.sub(rf"{re.escape(f'{constants.ENDPOINT}/{marker[1][1:-1]}/resolve/')}[^/\"]+/", "", text)
+        # what has no loader in diffusers is loaded by its path
+        inside = re.compile(rf'"{re.escape(marker[1][1:-1])}/([^"]+)"')
+        text = inside.sub(rf'hf_hub_download("{repo_id}", "\g<1>")', text) if marker[1][1:2] == "/" else text
     text = text.replace('"PATH_OR_REPOSITORY"', f'"{repo_id}"')
     base = f"{constants.ENDPOINT}/{repo_id}/resolve/{revision or constants.DEFAULT_REVISION}/"
     return _VIDEO.sub(rf"\g<1>{base}\g<2>\g<3>", text)

@@ -10,13 +10,14 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
-from huggingface_hub import upload_folder
+from huggingface_hub import CommitInfo
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import PushInProgress, logging
 
-from ..hub.model_card import build_model_card, last_validation_videos, training_settings
+from ..hub.pushing import Pusher, warn_if_failed
+from ..hub.trainer_card import write_card
 from ..models import VideoModel, check_model
 from ..models.roles import Roles, checkpoint_under
 from .base_config import VideoTrainingConfig
@@ -50,7 +52,6 @@ from .lora import (
     add_lora,
     load_adapter,
     load_base_adapters,
-    lora_loader,
     repeated_blocks,
     save_adapter,
 )
@@ -560,6 +561,13 @@ class VideoTrainer(Trainer):
     def _identity(self) -> dict:
         return {"model": self.model_identity, "adapter": self._adapter_summary(), "data": self.data_summary()}
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As [`~transformers.Trainer.save_model`]; after training, `output_dir` gets its model card as well."""
+        super().save_model(output_dir, _internal_call)
+        here = output_dir is None or os.path.abspath(output_dir) == os.path.abspath(self.args.output_dir)
+        if here and not _internal_call and self.state.global_step > 0:
+            self.create_model_card()
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # The Trainer's own writes files under names that diffusers does not load, and pickles the arguments
         if not self.args.should_save:
@@ -698,38 +706,15 @@ class VideoTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         """
-        Write `README.md` into `output_dir`. Makes no network call.
+        Write `README.md`, and the curves on it, into `output_dir`. Makes no network call.
 
         Args:
             model_name (`str`, *optional*): Default: the last part of `hub_model_id` or of `output_dir`.
             dataset_name (`str` or `list[str]`, *optional*): Hub ids of the training data.
             tags (`str` or `list[str]`, *optional*): Added to `vidtrl`, the method and the task.
         """
-        if not self.is_world_process_zero():
-            return
-        args = self.args
-        repo_id = self.hub_model_id or args.hub_model_id or os.path.abspath(args.output_dir)
-        card = build_model_card(
-            repo_id=repo_id,
-            model_name=model_name or os.path.basename(repo_id.rstrip("/")),
-            base_model=self.model_identity["name_or_path"],
-            pipeline_class=self.model_identity["pipeline"],
-            denoiser_names=self.denoiser_names,
-            denoiser_class=self.model_identity["denoiser_class"],
-            adapter=self._adapter_summary(),
-            method=self._name,
-            lora_loader=lora_loader(self.video_model.pipe, self.video_model.denoisers[self.denoiser_name]),
-            image=self.video_model.family.image,
-            dataset_name=dataset_name,
-            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            settings=training_settings(args, self._name, self.state.global_step),
-            generation=self._card_generation(),
-            fps=self.validation_fps(),
-            sample_videos=last_validation_videos(args.output_dir),
-            base_adapters=self.base_adapters,
-            usage=self.card_usage(),
-        )
-        card.save(os.path.join(args.output_dir, "README.md"))
+        if self.is_world_process_zero():
+            write_card(self, model_name, dataset_name, tags)
 
     def card_usage(self) -> str | None:
         """The card's snippet, where the stock pipeline's call is not how to sample what was trained."""
@@ -745,41 +730,76 @@ class VideoTrainer(Trainer):
         generation["max_sequence_length"] = args.max_sequence_length
         return {name: value for name, value in generation.items() if value is not None}
 
-    def _collect_for_push(self, checkpoint_folder: str) -> None:
-        """Copy a checkpoint's weights to `output_dir`, beside a card that describes them."""
-        output_dir = Path(self.args.output_dir)
-        for name in self.denoiser_names:
-            if self.has_adapter:
-                shutil.copy(Path(checkpoint_folder, self._adapter_file(name)), output_dir)
-            else:
-                shutil.copytree(Path(checkpoint_folder, name), output_dir / name, dirs_exist_ok=True)
-        shutil.copy(Path(checkpoint_folder, "training_args.json"), output_dir)
-        self.save_extras(output_dir)
-        self.create_model_card()
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As [`~transformers.Trainer.init_hf_repo`]; the branch `hub_revision` is created as well."""
+        super().init_hf_repo(token=token, private=private)
+        if self.is_world_process_zero():
+            self.pusher = self._pusher(token, self.args.hub_revision)
+            self.pusher.clear()
+
+    def _pusher(self, token: str | None, revision: str | None) -> Pusher:
+        args = self.args
+        return Pusher(args.output_dir, self.hub_model_id, args.hub_token if token is None else token, revision)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future | None:
+        """
+        Upload the model and its card: weights and configuration, of a student its scheduler, the last validation videos and
+        curves; not checkpoints, completions or caches.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`): Title of the commit.
+            blocking (`bool`, *optional*, defaults to `True`): Wait for the end of the upload.
+            token (`str`, *optional*): Default: `hub_token`, or the one `hf auth login` stored.
+            revision (`str`, *optional*): Branch. Default: `hub_revision`, or `main`.
+            private (`bool`, *optional*): Of a repository that is created. Default: `hub_private_repo`.
+            **kwargs: For [`~VideoTrainer.create_model_card`], such as `dataset_name`.
+
+        Returns:
+            `CommitInfo` (as a `str` its address), or a `Future` of it. `None` on all processes but the first.
+
+        Raises:
+            [`~vidtrl.hub.HubError`]: The Hub refused, or could not be reached; what was trained is in `output_dir`.
+        """
+        # The Trainer's own uploads whatever is in output_dir
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        pusher = self.pusher
+        if token is not None or revision is not None:
+            pusher = self._pusher(token, revision or self.args.hub_revision)
+        job = pusher.submit(Path(self.args.output_dir), commit_message or "End of training")
+        return job.result() if blocking else job
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The Trainer's own copies only file names that transformers knows, so mid-run pushes would carry no weights;
-        # it also uploads a pickle of the arguments, Hub token included
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+        # The Trainer's own copies only file names that transformers knows, so that mid-run pushes would carry no weights;
+        # it uploads a pickle of the arguments, Hub token included, and from directories that training goes on to change;
+        # and it forgets uploads that fail
+        strategy = self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
             return
+        step = f"step {self.state.global_step}"
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if busy and not self.args.hub_always_push:
-            return
-        self._collect_for_push(checkpoint_folder)
-        common = dict(
-            repo_id=self.hub_model_id,
-            commit_message=f"Training in progress, step {self.state.global_step}",
-            token=self.args.hub_token,
-            revision=self.args.hub_revision,
-            run_as_future=True,
-        )
-        jobs = [
-            upload_folder(
-                folder_path=self.args.output_dir, ignore_patterns=["_*", "checkpoint-*", "completions/*"], **common
+            logger.warning(
+                f"{step} is not uploaded: the upload of an earlier one is still under way (hub_always_push=True queues it)"
             )
-        ]
-        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            last = self.args.hub_strategy == HubStrategy.CHECKPOINT
-            path = "last-checkpoint" if last else os.path.basename(checkpoint_folder)
-            jobs.append(upload_folder(folder_path=checkpoint_folder, path_in_repo=path, **common))
-        self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), *jobs])
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.create_model_card()
+        paths = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name}
+        job = self.pusher.submit(Path(checkpoint_folder), f"Training in progress, {step}", paths.get(strategy))
+        job.add_done_callback(lambda done: warn_if_failed(done, step))
+        self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), job])
