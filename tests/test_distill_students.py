@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny_pipelines import wan
 
 from vidtrl import VideoGRPOTrainer
+from vidtrl.hub.upload import stage
 from vidtrl.inference import CausalVideoPipeline, load_student
 from vidtrl.inference.distill_config import read_distill_config
 from vidtrl.trainer.lora import add_lora, save_adapter
@@ -258,11 +259,13 @@ def test_a_push_during_training_carries_a_whole_student(tmp_path, cache_dir, bas
     config |= dict(loss_type="ode_regression", teacher_steps=4)
     trainer = make_trainer(tmp_path, cache_dir, pipe=str(base / "pipe"), **config)
     trainer.train()
-    trainer._collect_for_push(str(tmp_path / "checkpoint-2"))
-    assert (tmp_path / "scheduler").is_dir() and read_distill_config(tmp_path).base_adapters == ["base_adapters/0"]
-    load_student(tmp_path)
-    pushed = {p.name for p in tmp_path.iterdir() if not p.name.startswith(("_", "checkpoint-"))}  # what is uploaded
-    assert "README.md" in pushed and not any("trajector" in name for name in pushed)
+    trainer.create_model_card()
+    pushed = tmp_path / "pushed"
+    stage(tmp_path / "checkpoint-2", pushed, "me/student", page=tmp_path)  # what is uploaded
+    assert (pushed / "scheduler").is_dir() and read_distill_config(pushed).base_adapters == ["base_adapters/0"]
+    load_student(pushed)
+    names = {p.name for p in pushed.iterdir()}
+    assert "README.md" in names and not any("trajector" in name or name.endswith(".pt") for name in names)
 
 
 def test_a_student_of_another_size_of_teacher(tmp_path, cache_dir, base):
