@@ -262,7 +262,9 @@ def test_a_push_during_training_carries_a_whole_student(tmp_path, cache_dir, bas
     trainer.create_model_card()
     pushed = tmp_path / "pushed"
     stage(tmp_path / "checkpoint-2", pushed, "me/student", page=tmp_path)  # what is uploaded
-    assert (pushed / "scheduler").is_dir() and read_distill_config(pushed).base_adapters == ["base_adapters/0"]
+    assert (pushed / "scheduler").is_dir() and read_distill_config(pushed).base_adapters == [
+        "base_adapters/0/transformer.safetensors"
+    ]
     load_student(pushed)
     names = {p.name for p in pushed.iterdir()}
     assert "README.md" in names and not any("trajector" in name or name.endswith(".pt") for name in names)
