@@ -1,5 +1,6 @@
 """Folders to and from the Hub: what belongs to a trained model, retries, and errors that say what to do."""
 
+import json
 import os
 import re
 import shutil
@@ -14,8 +15,10 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import filter_repo_objects, get_token
 from transformers.utils import logging
 
+from ..inference.distill_config import CONFIG_FILE as STUDENT_FILE
 from ..prompts.enhancer import CONFIG_FILE as ENHANCER_FILE
 from ..trainer.checkpoint import MANIFEST
+from ..trainer.lora import ADAPTER_FILE
 
 
 logger = logging.get_logger(__name__)
@@ -27,7 +30,7 @@ MODEL_FILES = [
     "transformer_2/*",
     "scheduler/*",
     "base_adapters/*",
-    "distill_config.json",
+    STUDENT_FILE,
     "training_args.json",
     MANIFEST,
 ]
@@ -316,6 +319,7 @@ def stage(
         place(directory / name, staging / name)
     if everything:
         return
+    _rename_base_adapters(staging)
     if page is None:
         page = directory.parent if directory.name.startswith("checkpoint-") else directory
     card = page / "README.md"
@@ -329,6 +333,21 @@ def stage(
             place(page / name, staging / name, copy=True)
     (staging / "README.md").unlink(missing_ok=True)  # may be a link to the file that is being read
     (staging / "README.md").write_text(card_for(text, repo_id, revision), encoding="utf-8")
+
+
+def _rename_base_adapters(folder: Path) -> None:
+    """Of several `pytorch_lora_weights.safetensors` in a repository, in whatever folders, `load_lora_weights(id)` takes the
+    first: only the adapter that was trained may have that name, not those of earlier stages that a student brings along."""
+    renamed = {}
+    for path in folder.glob(f"base_adapters/*/{ADAPTER_FILE}"):
+        path.rename(path.with_name("transformer.safetensors"))
+        renamed[path.parent.relative_to(folder).as_posix()] = "transformer.safetensors"
+    config = folder / STUDENT_FILE
+    if renamed and config.is_file():
+        values = json.loads(config.read_text(encoding="utf-8"))
+        values["base_adapters"] = [f"{a}/{renamed[a]}" if a in renamed else a for a in values["base_adapters"]]
+        config.unlink()  # a link to the file that training wrote
+        config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def place(source: Path, target: Path, copy: bool = False) -> None:
