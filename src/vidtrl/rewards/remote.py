@@ -423,9 +423,11 @@ def _in_thread(work: Callable, *args) -> Future:
             return
         try:
             with torch.no_grad():
-                future.set_result(work(*args))
+                result = work(*args)
         except BaseException as error:  # handed to the caller, who raises it
             future.set_exception(error)
+        else:
+            future.set_result(result)
 
     threading.Thread(target=run, name="remote-reward", daemon=True).start()
     return future

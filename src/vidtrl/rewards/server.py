@@ -164,6 +164,8 @@ class RewardServer(http.server.ThreadingHTTPServer):
         self._active, self._stopping = 0, False  # requests being handled; whether new ones are sent away
         self._busy_since: float | None = None
         self._counts: Counter[tuple[str, str]] = Counter()  # by metric and labels
+        # a daemon, so that a function that never returns does not keep the process alive
+        self._worker = threading.Thread(target=self._work, name="reward-worker", daemon=True)
         self.address_family = family
         super().__init__(address, _Handler)
         if tls is not None:
@@ -181,7 +183,7 @@ class RewardServer(http.server.ThreadingHTTPServer):
 
     def start(self) -> None:
         """Serve in background threads until `stop`."""
-        threading.Thread(target=self._work, name="reward-worker", daemon=True).start()
+        self._worker.start()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
 
     def stop(self, grace: float = 60.0) -> bool:
@@ -198,6 +200,7 @@ class RewardServer(http.server.ThreadingHTTPServer):
             self._stopping = True
             finished = self._changed.wait_for(lambda: self._active == 0, grace)
         self._waiting.put(None)
+        self._worker.join(2.0)  # a thread that is freeing tensors while the interpreter ends would abort the process
         self.shutdown()
         self.server_close()
         return finished
