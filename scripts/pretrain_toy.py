@@ -347,7 +347,8 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: %(default)s")
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
+    for folder in (args.output, args.docs):  # before an hour of training, not after it
+        folder.mkdir(parents=True, exist_ok=True)
     if args.stage in ("all", "vae"):
         train_vae(args.output, args.image_steps, args.video_steps, args.decoder_steps, args.device, args.seed)
     if args.stage in ("all", "model"):
