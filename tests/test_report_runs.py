@@ -31,7 +31,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def grpo(tmp_path_factory):
-    """Two prompts a step, four samples each; completions at every step, validations before, at 2 and at 4."""
+    """Two prompts a step, four samples each; completions before every update, validations before the first and after 2 and 4."""
     folder = tmp_path_factory.mktemp("grpo") / "run"
     trainer = grpo_setup.make_trainer(
         folder, max_steps=4, num_inference_steps=2, log_completions=True, num_completions_to_print=0, **VALIDATION
@@ -63,7 +63,7 @@ def test_a_grpo_run(grpo, tmp_path, capsys):
         assert f"{title}: " in html and f">{title}</figcaption>" in html, title
     assert "learning_rate 0.01" in text and "WanPipeline" not in text and str(grpo.parent) not in html
     # the table holds the means of the Parquet files
-    for step in range(1, 5):
+    for step in range(4):
         rows = pq.read_table(grpo / "completions" / f"completions_{step:05d}.parquet")["brightness"].to_pylist()
         assert f"step {step} 8 clips {sum(rows) / 8:.3f}".replace("-", "\N{MINUS SIGN}") in text
     rows = read_run(grpo).completions
@@ -80,16 +80,16 @@ def test_its_page_in_a_browser(grpo, browser, tmp_path, width):
     assert state["total"] == 38 and state["wide"] == 0 and state["width"] == width
     validations = [VALIDATION["validation_prompts"][0], HOSTILE]
     assert shown(browser)[:2] == validations and len(shown(browser)) == 4
-    assert browser.evaluate("document.querySelector('.step output').textContent") == "step 4"
+    assert browser.evaluate("document.querySelector('.step output').textContent") == "step 3"
     first = json.dumps(shown(browser)[2:])
     set_value(browser, "[aria-label='Training step']", "0", "input")
-    assert browser.evaluate("document.querySelector('.step output').textContent") == "step 1"
+    assert browser.evaluate("document.querySelector('.step output').textContent") == "step 0"
     steps = "JSON.stringify([...document.querySelectorAll('.card:not([hidden]) .at')].map((p) => p.textContent))"
-    assert json.loads(browser.evaluate(steps)) == ["Step 1"] * 2 and json.dumps(shown(browser)[2:]) != first
+    assert json.loads(browser.evaluate(steps)) == ["Step 0"] * 2 and json.dumps(shown(browser)[2:]) != first
     browser.evaluate(
         "[...document.querySelectorAll('button')].find((b) => b.textContent === 'First beside last').click()"
     )
-    assert sorted(json.loads(browser.evaluate(steps))) == ["Step 1"] * 2 + ["Step 4"] * 2
+    assert sorted(json.loads(browser.evaluate(steps))) == ["Step 0"] * 2 + ["Step 3"] * 2
     assert browser.errors == [] and not [u for u in browser.requests if not u.startswith(("data:", "file:", "blob:"))]
 
 
@@ -105,7 +105,7 @@ def test_its_completions_folder_alone(grpo, copy, tmp_path, capsys):
     assert "Run log 32 completions." in text and "Learning curves" not in text
     assert main(["report", str(copy / "validation"), "--link"]) == 0
     html = (copy / "validation" / "report.html").read_text()
-    assert 'src="step_000004/00-a-red-circle.mp4"' in html and "completions" not in page_text(
+    assert 'src="step_000004/00-a-red-circle.mp4"' in html and "32 completions" not in page_text(
         copy / "validation/report.html"
     )
 
@@ -136,8 +136,8 @@ def test_broken_files_cost_a_warning_each(copy, capsys):
             f"{gone.name} does not exist",
         ),
         *(
-            "'../../secret.mp4' is no mp4 file inside",
-            f"{str(outside)!r} is no mp4",
+            "lists '../../secret.mp4', which is no mp4 file inside it",
+            f"lists {str(outside)!r}, which is no mp4",
             "step_000004 has no prompts.json",
         ),
         "training_args.json could not be read",
@@ -146,6 +146,7 @@ def test_broken_files_cost_a_warning_each(copy, capsys):
     assert len(warnings) == 8
     text, html = page_text(copy / "report.html"), (copy / "report.html").read_text()
     assert html.count("data:video/mp4;base64,") == 24 - 4 + 4 and text.count("no video") == 4
+    assert f"{copy}/" not in html and "completions/completions_00002.parquet could not be read" in text
     assert "Not everything could be shown" in text and "24 completions, 4 validation videos" in text
 
 
@@ -183,7 +184,7 @@ def test_sft_and_distillation_runs(tmp_path):
         html = page.read_text()
         assert warnings == [] and html.count("data:video/mp4;base64,") == 4 and HOSTILE in page_text(page)
         assert all(f">{title}</figcaption>" in html for title in titles)
-        assert "step 0" in html and "step 2" in html and "data-step" not in html
+        assert "step 0" in html and "step 2" in html and "data-step=" not in html
     assert (
         "2 optimizer steps logged" in page_text(sft / "report.html")
         and "secret" not in (sft / "report.html").read_text()
@@ -215,6 +216,6 @@ def test_steps_are_left_out_evenly(grpo, tmp_path):
     assert _evenly([4] * 10, 40) == list(range(10)) and _evenly([4] * 9, 20) == [0, 2, 4, 6, 8]
     assert _evenly([4] * 10, 1) == [0, 9] and _evenly([4], 1) == [0] and _evenly([], 5) == []
     run = read_run(grpo, max_videos=16)
-    assert {row["step"] for row in run.completions if row["shown"]} == {1, 4}
-    assert {row["step"] for row in run.completions} == {1, 2, 3, 4}  # the table has them all
+    assert {row["step"] for row in run.completions if row["shown"]} == {0, 3}
+    assert {row["step"] for row in run.completions} == {0, 1, 2, 3}  # the table has them all
     assert [w for w in run.warnings if "2 of 4 steps with completions are shown" in w]

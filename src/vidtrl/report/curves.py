@@ -38,7 +38,12 @@ def training_charts(log: Sequence[Mapping], prefix: str = "") -> list[Chart]:
             )
             for name in dict.fromkeys(rewards + watched)
         ),
-        ("Spread of rewards in a group", {"training": "reward_std"}, "standard deviation", "At 0 nothing is learned."),
+        (
+            "Spread of rewards in a group",
+            {"training": "reward_std"},
+            "standard deviation",
+            "Where it is 0, no group says which sample is better.",
+        ),
         ("Divergence from the reference", {"KL": "kl"}, "KL", ""),
         ("Score difference", {"of the student's samples": "dmd_gradient"}, "root mean square", ""),
         (

@@ -206,6 +206,7 @@ def write_report(
     warnings: Sequence[str] = (),
     stages: Sequence[Stage] = (),
     metrics: Sequence[Metric] = (),
+    row_heading: str = "Stage",
     clips: Sequence[Clip] = (),
     clips_note: str = "",
     galleries: Sequence[Gallery] = (),
@@ -228,6 +229,7 @@ def write_report(
         warnings (`Sequence[str]`, *optional*): What could not be shown, and why.
         stages (`Sequence[Stage]`, *optional*): Rows of the results table and their costs. Default: what the metrics name.
         metrics (`Sequence[Metric]`, *optional*): Columns of the results table.
+        row_heading (`str`, *optional*, defaults to `"Stage"`): What a row of it is.
         clips (`Sequence[Clip]`, *optional*): Prompts with their videos side by side; short for one gallery.
         clips_note (`str`, *optional*): How the clips were chosen.
         galleries (`Sequence[Gallery]`, *optional*): Further ones.
@@ -285,6 +287,7 @@ def write_report(
         warnings=warnings,
         stages=stages,
         metrics=metrics,
+        row_heading=row_heading,
         bars=[interval_bars(m.values, 0.1 if m.percent else 0.0) for m in metrics],
         costs={k: v for k, v in COSTS.items() if any(getattr(stage, k) is not None for stage in stages)},
         table=bool(metrics) or any(getattr(stage, k) is not None for k in COSTS for stage in stages),

@@ -197,7 +197,7 @@ def _video(run: Run, folder: Path, name: object, facts: dict | None = None) -> P
     """The file, if it lies in the folder and can be decoded. A completion log may come from someone else."""
     path = PurePosixPath(str(name))
     if not isinstance(name, str) or path.is_absolute() or ".." in path.parts or "\\" in name or path.suffix != ".mp4":
-        problem = f"{name!r} is no mp4 file inside {folder}"
+        problem = f"{folder}{os.sep} lists {name!r}, which is no mp4 file inside it"
     else:
         problem = video_problem(folder / path)
     if problem is None:
@@ -326,9 +326,11 @@ def write_run_report(
         output if output is not None else Path(folder, "report.html"),
         title=f"Run {run.name}",
         summary=f"{', '.join(parts) or 'Nothing logged yet'}.",
-        warnings=run.warnings,
+        # a page is made to be shared: it names no folder of this machine
+        warnings=[text.replace(f"{Path(os.path.abspath(folder))}{os.sep}", "") for text in run.warnings],
         stages=stages if metrics else (),
         metrics=metrics,
+        row_heading="Step",
         galleries=_galleries(run),
         charts=training_charts(run.log),
         settings=run.settings,

@@ -33,10 +33,16 @@ for (const table of document.querySelectorAll("table.results")) {
 const player = {
   playing: !matchMedia("(prefers-reduced-motion: reduce)").matches,
   position: 0,
+  length: 0, // of the longest video; kept while none is ready, as right after a seek
   rate: 1,
   active: new Set(),
   ready() { return [...this.active].filter((v) => v.readyState >= 2 && Number.isFinite(v.duration)); },
   leader() { return this.ready().reduce((a, v) => (a && a.duration >= v.duration ? a : v), null); },
+  measure() {
+    const lengths = [...this.active].filter((v) => v.readyState >= 1 && Number.isFinite(v.duration)).map((v) => v.duration);
+    if (lengths.length) this.length = Math.max(...lengths);
+    return this.length;
+  },
   seek(seconds) {
     this.position = seconds;
     for (const v of this.active) if (v.readyState >= 1) v.currentTime = Math.min(seconds, v.duration);
@@ -79,9 +85,10 @@ const player = {
         if (Math.abs(v.currentTime - Math.min(this.position, v.duration)) > 0.2) this.join(v);
       }
     }
-    if (leader) {
-      if (document.activeElement !== $("scrub") || this.playing) $("scrub").value = 1000 * this.position / leader.duration;
-      const clock = `${this.position.toFixed(2)} / ${leader.duration.toFixed(2)} s`;
+    const length = this.measure();
+    if (length) {
+      if (document.activeElement !== $("scrub") || this.playing) $("scrub").value = 1000 * this.position / length;
+      const clock = `${this.position.toFixed(2)} / ${length.toFixed(2)} s`;
       if ($("clock").textContent !== clock) $("clock").textContent = clock;
     }
     requestAnimationFrame(() => this.tick());
@@ -102,8 +109,7 @@ if ($("transport")) {
   player.set(player.playing);
   $("play").addEventListener("click", () => player.set(!player.playing));
   $("scrub").addEventListener("input", () => {
-    const at = $("scrub").value / 1000 * (player.leader()?.duration ?? 0);
-    player.position = at;
+    player.position = $("scrub").value / 1000 * player.measure();
     player.set(false);
   });
   $("rate").addEventListener("change", () => {
@@ -199,7 +205,9 @@ for (const gallery of document.querySelectorAll(".gallery")) {
   const names = [...new Set(cards.flatMap((c) => Object.values(c.scores).flatMap((s) => Object.keys(s))))];
   const scored = columns.filter((c) => cards.some((card) => card.scores[c]));
   const truth = (name) => cards.every((c) => Object.values(c.scores).every((s) => s[name] == null || typeof s[name] === "boolean"));
-  const shown = new Set(columns);
+  // of many validations, six at first
+  const few = Array.from({ length: 6 }, (_, i) => columns[Math.round(i * (columns.length - 1) / 5)]);
+  const shown = new Set(steps.length || columns.length <= 8 ? columns : few);
   let limit = page, descending = true;
 
   const search = make("input", { type: "search", placeholder: "Filter by text", ariaLabel: "Filter by text" });
@@ -258,11 +266,15 @@ for (const gallery of document.querySelectorAll(".gallery")) {
     const wanted = search.value.trim().toLowerCase(), stepsShown = chosen();
     const inStep = cards.filter((c) => !steps.length || stepsShown.includes(c.step));
     const found = inStep.filter((c) => c.text.includes(wanted) && passes(c));
+    const shared = new Set(found.map((c) => c.prompt).filter((p) => new Set(found.filter((c) => c.prompt === p).map((c) => c.step)).size > 1));
     const sign = descending ? -1 : 1;
     found.sort((a, b) => {
       if (sort.value === "prompt") return sign * collator.compare(a.prompt, b.prompt) || a.order - b.order;
       if (sort.value === "given") {
-        return stepsShown.length < 2 ? a.order - b.order : collator.compare(a.prompt, b.prompt) || a.step - b.step;
+        // beside each other: prompts that both steps have, then the others, the earlier step first
+        if (stepsShown.length < 2) return a.order - b.order;
+        const [x, y] = [shared.has(a.prompt), shared.has(b.prompt)];
+        return y - x || (x ? collator.compare(a.prompt, b.prompt) : 0) || a.step - b.step || a.order - b.order;
       }
       const [x, y] = [number(a), number(b)];
       if (x === null || y === null) return (x === null) - (y === null) || a.order - b.order;
@@ -296,7 +308,7 @@ for (const gallery of document.querySelectorAll(".gallery")) {
   if (columns.length > 1) {
     const boxes = make("fieldset", { className: "group" }, make("legend", { textContent: "Columns" }));
     for (const column of columns) {
-      const box = make("input", { type: "checkbox", checked: true, value: column });
+      const box = make("input", { type: "checkbox", checked: shown.has(column), value: column });
       box.addEventListener("change", () => { if (box.checked) shown.add(column); else shown.delete(column); layout(); });
       boxes.append(make("label", { className: "chip" }, box, column));
     }
@@ -322,5 +334,5 @@ for (const gallery of document.querySelectorAll(".gallery")) {
   for (const select of [name, condition, where, sort, first, second, beside]) select.addEventListener("change", again);
   direction.addEventListener("click", () => { descending = !descending; again(); });
   more.addEventListener("click", () => { limit += page; update(); });
-  update();
+  layout();
 }
