@@ -113,6 +113,7 @@ def run(argv: Sequence[str]) -> int:
     args.model_init_kwargs = model_init_kwargs(script_args, args)
     if not {"bf16", "fp16", "use_cpu"} & set(given):
         args.bf16 = True
+    args.use_cpu = "use_cpu" in given
     options = dict(
         peft_config=lora.peft_config(),
         teacher_model=getattr(script_args, "teacher_model_name_or_path", None),

@@ -236,6 +236,7 @@ class RewardRunner:
                     merged = self.extra.setdefault(column, [None] * n)
                     for index, value in zip(call.indices, values, strict=True):
                         merged[index] = value
+                call.kwargs.clear()  # log_metric refers back to the call: videos would wait for the garbage collector
         rewards[sorted(skipped)] = float("nan")
         self.num_skipped = len(skipped)
         self.seconds = time.perf_counter() - start

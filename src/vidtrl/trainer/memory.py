@@ -196,6 +196,7 @@ def as_config(
         config = planned_config(CONFIGS[trainer], num_processes)(**{**given, "use_cpu": True})
         if not {"bf16", "fp16", "use_cpu"} & {name for name, value in given.items() if value is not None}:
             config.bf16 = True
+        config.use_cpu = bool(given.get("use_cpu"))  # what it was made with only keeps it from looking for a device
     if not isinstance(config, CONFIGS[trainer]):
         raise TypeError(f"config must be a {CONFIGS[trainer].__name__} or a dict, not {type(config).__name__}")
     return config

@@ -30,6 +30,7 @@ from .base_trainer import VideoTrainer
 from .distill_config import VideoDistillConfig
 from .ema import WeightAverage
 from .experts import EXPERTS
+from .grpo_choices import choose_reuse
 from .lora import ADAPTER_FILE, add_lora
 from .memory_trace import MemoryTrace, on_meta, pipeline_skeleton, stubbed_encoders
 
@@ -376,8 +377,12 @@ def grpo_phases(run: Run) -> dict[str, Phase]:
         drawn = args.num_inference_steps if args.sde_schedule == "all" else args.sde_steps
         kept = 3 * drawn  # where each step started, what was drawn there, and its mean
     negative = run.negative if args.guidance_scale != 1.0 else None
+    # where it is open, the trainer batches on a CPU, and on an accelerator only where that fits
+    batched = args.use_cpu if args.batch_guidance is None else args.batch_guidance
+    dropout = any(module.p > 0 for module in run.trained.modules() if isinstance(module, nn.Dropout))
+    reuse = choose_reuse(args, own_reference="reference" in roles, whole=not run.both_trained, dropout=dropout)
     guided = functools.partial(
-        guided_velocity, model, batched=args.batch_guidance, guidance_scale=args.guidance_scale, denoiser=run.trained
+        guided_velocity, model, batched=batched, guidance_scale=args.guidance_scale, denoiser=run.trained
     )
 
     def velocity(number: int) -> Tensor:
@@ -390,11 +395,14 @@ def grpo_phases(run: Run) -> dict[str, Phase]:
         with old, torch.no_grad():
             with run.autocast():
                 velocity(min(rollout_batch, videos))
+                with torch.set_grad_enabled(reuse), run.policies.active("policy"):
+                    kept_graphs = [velocity(n) for n in graphs] if reuse else []
             frames, height, width = run.size
             chunk = min(args.vae_batch_size, videos)
             finished = [torch.empty(videos - chunk, frames, 3, height, width)]
             run.trace.own(finished, "latents")
             finished += model.decode(memory[0][:chunk], chunk_size=chunk)
+        del kept_graphs
 
     def loss() -> Tensor:
         x, drawn_x, mean = run.latents(batch, copies=3)
@@ -405,11 +413,11 @@ def grpo_phases(run: Run) -> dict[str, Phase]:
         v = torch.cat([velocity(n) for n in graphs])
         return (v - mean[:1]).square().mean()
 
-    # with reuse_rollout the graphs of all stochastic steps are kept until the update
-    total = videos * drawn if args.reuse_rollout else batch
-    size = rollout_batch if args.reuse_rollout else batch
+    # where the update uses the rollout's forward, the graphs of all stochastic steps are kept until the update
+    total = videos * drawn if reuse else batch
+    size = rollout_batch if reuse else batch
     graphs = [min(size, total - start) for start in range(0, total, size)]
-    repeats = 1 if args.reuse_rollout or (args.gradient_accumulation_steps == 1 and drawn == 1) else 2
+    repeats = 1 if reuse or (args.gradient_accumulation_steps == 1 and drawn == 1) else 2
 
     def step() -> None:
         memory = run.latents(videos, copies=kept)

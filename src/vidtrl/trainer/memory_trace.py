@@ -92,7 +92,7 @@ class MemoryTrace(TorchDispatchMode):
         self.live[part] -= size
 
     def _compare(self) -> None:
-        if self.live.total() > sum(self.peak.values()):
+        if self.live.total() >= sum(self.peak.values()):  # of equal moments the last, which knows the parts best
             self.peak = {part: size for part, size in self.live.items() if size}
 
     def restart(self) -> None:
