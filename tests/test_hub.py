@@ -31,6 +31,7 @@ from vidtrl.hub import (  # noqa: E402
     upload,
 )
 from vidtrl.hub.upload import card_for, hide_tokens  # noqa: E402
+from vidtrl.trainer.completions import CompletionLog  # noqa: E402
 
 
 CARD = """---
@@ -163,7 +164,8 @@ def test_enhancers_and_pipelines_go_up_whole(hub, tmp_path):  # noqa: F811
         "enhancer": ["prompt_enhancer.json", "model.safetensors", "tokenizer.json"],
         "pipeline": ["model_index.json", "vae/config.json", "scheduler/few_step_flow_scheduler.py"],
     }.items():
-        for name in [*names, "checkpoint-1/optimizer.pt", "_x.tmp"]:
+        leftovers = ["checkpoint-1/optimizer.pt", "_x.tmp", "training_args.bin", "sft/checkpoint-3/model.safetensors"]
+        for name in [*names, *leftovers]:
             path = tmp_path / kind / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("{}")
@@ -347,8 +349,6 @@ def clip(path, value=0.5):
 
 @pytest.fixture
 def completions(tmp_path):
-    from vidtrl.trainer.completions import CompletionLog
-
     log = CompletionLog(tmp_path / "run", num_print=0, fps=8)
     for step in (10, 20):
         log.write(
@@ -401,6 +401,9 @@ def test_preferences_and_clips_from_rows(hub, tmp_path):  # noqa: F811
 def test_load_dataset_reads_them_back(hub, completions, tmp_path):  # noqa: F811
     """In a fresh process, as a reader of the card would."""
     push_rollouts(completions, "me/rollouts")
+    live = CompletionLog(tmp_path / "live", num_print=0, fps=8, hub_repo="me/live")  # log_completions_hub_repo
+    live.write(10, ["a cat"], [torch.rand(5, 3, 16, 16)], {"smooth": [0.5]}, [0.25], [7])
+    [job.result(timeout=60) for job, _ in live.uploads]
     a, b = clip(tmp_path / "a.mp4", 0.2), clip(tmp_path / "b.mp4", 0.8)
     push_preferences([{"prompt": "a cat", "chosen": a, "rejected": b}], "me/preferences")
     code = [
@@ -412,6 +415,9 @@ def test_load_dataset_reads_them_back(hub, completions, tmp_path):  # noqa: F811
 assert sorted(dataset["seed"]) == [10, 11, 20, 21] and set(dataset["bright"]) == {{1.0, 2.0}}, dataset[0]
 from vidtrl.data.video import read_video
 assert read_video(dataset[0]["video"]).shape == (5, 3, 16, 16)
+(row,) = load_dataset("me/live", split="train").cast_column("video", Video(decode=False))
+assert (row["prompt"], row["smooth"], row["advantage"], row["step"], row["seed"]) == ("a cat", 0.5, 0.25, 10, 7)
+assert read_video(row["video"]).shape == (5, 3, 16, 16)
 {code[1]}
 print(read_video(dataset[0]["chosen"]).float().mean() / 255, read_video(dataset[0]["rejected"]).float().mean() / 255)
 """

@@ -322,8 +322,10 @@ def test_a_saved_run_goes_up_later(hub, clips, cache_dir, tmp_path, tiny_wan):  
 def test_a_distilled_student(hub, clips, cache_dir, tmp_path, tiny_wan):  # noqa: F811
     """With its scheduler folder; its card's code runs in a fresh process."""
     hub.put("lab/tiny-wan", tiny_wan)
+    sft = sft_setup.make_trainer(tmp_path / "sft", clips, cache_dir, max_steps=1)
+    sft.train(), sft.save_model()
     trainer = distill_setup.make_trainer(
-        tmp_path / "run", cache_dir, pipe="lab/tiny-wan", max_steps=2, recipe="dmd2", push_to_hub=True,
+        tmp_path / "run", cache_dir, pipe="lab/tiny-wan", max_steps=2, recipe="dmd2", base_adapters=[str(tmp_path / "sft")], push_to_hub=True,
         hub_model_id="me/student", save_strategy="steps", save_steps=2, hub_always_push=True,
     )  # fmt: skip
     trainer.train()
@@ -333,11 +335,15 @@ def test_a_distilled_student(hub, clips, cache_dir, tmp_path, tiny_wan):  # noqa
     for one in (middle, files):
         assert {"distill_config.json", WEIGHTS, "README.md"} <= set(one)
         assert any(f.startswith("scheduler/") for f in one)
+        assert [f for f in one if f.endswith(WEIGHTS)] == [WEIGHTS]  # load_lora_weights(id) takes the first of several
+        assert "base_adapters/0/transformer.safetensors" in one
     card = files["README.md"].decode()
     assert not card_problems(card) and "https://huggingface.co/papers/2405.14867" in card
     code = snippet(card)
     assert '"me/student"' in code and str(tmp_path) not in code
-    run_fresh(hub, f"{code}\nassert len(video) == 9", tmp_path)
+    shutil.rmtree(tmp_path / "sft")
+    check = 'assert len(video) == 9 and pipe.get_active_adapters() == ["base_0", "student"]'
+    run_fresh(hub, f"{code}\n{check}", tmp_path)
     assert (tmp_path / "video.mp4").stat().st_size > 0
 
 

@@ -36,16 +36,11 @@ MODEL_FILES = [
 ]
 # of the run: what its card shows, adapters of earlier stages, and TensorBoard's logs, which the Hub shows as well
 PAGE_FILES = ["curves/*.png", "base_adapters/*", "runs/*"]
+# never: pickles (transformers' training_args.bin holds the token), training's state, unfinished files, what is hidden
 LEFTOVERS = [
-    "_*",
-    "*/_*",
-    "checkpoint-*",
-    "last-checkpoint/*",
-    "*.tmp",
-    "*.partial",
-    "*optimizer*",
-    "rng_state*",
-    ".*",
+    *("_*", "*/_*", ".*", "*/.*", "*.tmp", "*.partial"),
+    *("checkpoint-*", "*/checkpoint-*", "last-checkpoint/*"),
+    *("*training_args.bin", "*.pt", "*.pth", "*.pkl", "*optimizer*"),
 ]
 ATTEMPTS = 3  # of a push or a pull as a whole; the client retries single requests
 WAIT = 2.0  # seconds before the second attempt, doubled for the next
@@ -304,8 +299,10 @@ def stage(
         `ValueError`: There is no model.
     """
     names = [str(p.relative_to(directory).as_posix()) for p in sorted(directory.rglob("*")) if p.is_file()]
-    whole = everything or any((directory / name).is_file() for name in ("model_index.json", ENHANCER_FILE))
-    if whole:
+    enhancer, pipeline = (directory / ENHANCER_FILE).is_file(), (directory / "model_index.json").is_file()
+    if enhancer:  # in whose folders are the steps of its training
+        names = [name for name in names if "/" not in name]
+    if everything or enhancer or pipeline:
         names = list(filter_repo_objects(names, ignore_patterns=LEFTOVERS))
     else:
         weights = list(filter_repo_objects(names, allow_patterns=[*MODEL_FILES[:3]]))
@@ -328,7 +325,10 @@ def stage(
         return
     text = card.read_text(encoding="utf-8")
     shown = [p.relative_to(page).as_posix() for p in sorted(page.rglob("*")) if p.is_file()]
+    brought = (staging / "base_adapters").exists()
     for name in [*filter_repo_objects(shown, allow_patterns=PAGE_FILES, ignore_patterns=LEFTOVERS), *_media(text)]:
+        if brought and name.startswith("base_adapters/"):
+            continue
         if (page / name).is_file() and not (staging / name).exists():
             place(page / name, staging / name, copy=True)
     (staging / "README.md").unlink(missing_ok=True)  # may be a link to the file that is being read
