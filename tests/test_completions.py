@@ -1,27 +1,29 @@
 """The completion log: files, the data set they form, the printed table, trackers, and uploads."""
 
-import base64
 import json
 import math
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Video, load_dataset
-from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from transformers.integrations import TensorBoardCallback
 
-from vidtrl.data.video import read_video
-from vidtrl.toy import render
-from vidtrl.trainer.completions import CompletionLog
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from hub_server import OTHER, hub  # noqa: E402, F401
+
+from vidtrl.data.video import read_video  # noqa: E402
+from vidtrl.hub import HubError  # noqa: E402
+from vidtrl.toy import render  # noqa: E402
+from vidtrl.trainer.completions import CompletionLog  # noqa: E402
 
 
 PROMPTS = ["a red circle moving right", "a red circle moving right", "a blue square moving up"]
@@ -172,60 +174,7 @@ trackio.finish()
     assert len(list((tmp_path / "trackio").rglob("*.mp4"))) == 2
 
 
-# ---- The Hub, as a local server that speaks as much of its protocol as an upload of small files needs ----
-
-
-class Hub(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.reply({"error": "not found"}, 404)
-
-    def do_POST(self):
-        body, server = self.rfile.read(int(self.headers["Content-Length"])), self.server
-        server.tokens.add(self.headers.get("Authorization"))
-        if server.broken:
-            return self.reply({"error": "out of order"}, 400)
-        if self.path == "/api/repos/create":
-            server.created.append(json.loads(body))
-            return self.reply({"url": f"{server.url}/datasets/me/log", "id": "me/log", "name": "me/log"})
-        if self.path == "/api/validate-yaml":
-            return self.reply({"errors": [], "warnings": []})
-        if self.path.startswith("/api/datasets/me/log/preupload/"):
-            files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for file in json.loads(body)["files"]
-            ]
-            return self.reply({"files": files})
-        assert self.path.startswith("/api/datasets/me/log/commit/"), self.path
-        lines = [json.loads(line) for line in body.splitlines()]
-        files = {line["value"]["path"]: line["value"]["content"] for line in lines if line["key"] == "file"}
-        server.commits.append((lines[0]["value"]["summary"], files))
-        return self.reply({"commitUrl": f"{server.url}/datasets/me/log/commit/0", "commitOid": "0", "success": True})
-
-    def reply(self, content, status=200):
-        self.send_response(status)
-        content = json.dumps(content).encode()
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    from huggingface_hub import constants
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.created, server.commits, server.tokens, server.broken = [], [], set(), False
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    yield server
-    server.shutdown()
-    server.server_close()
+# ---- The Hub, over real sockets ----
 
 
 def finish(log):
@@ -233,44 +182,41 @@ def finish(log):
         future.exception(timeout=60)
 
 
-def test_each_step_is_uploaded(hub, tmp_path):
-    log = CompletionLog(tmp_path, hub_repo="me/log", hub_token="hf_secret", hub_private_repo=True)
-    (repo,) = hub.created
-    assert repo["type"] == "dataset" and (repo.get("visibility") == "private" or repo.get("private") is True)
-    assert hub.tokens == {"Bearer hf_secret"}
+def test_each_step_is_uploaded(hub, tmp_path):  # noqa: F811
+    log = CompletionLog(tmp_path, hub_repo="log", hub_token=OTHER, hub_private_repo=True)
     log.write(**completions(10))
     finish(log)
     log.write(**completions(20))
     finish(log)
-    (first, files), (second, more) = hub.commits
-    assert (first, second) == ("Completions of step 10", "Completions of step 20")
+    repo = hub.repo("other/log", "dataset")
+    assert repo.private and repo.messages[1:] == ["Completions of step 10", "Completions of step 20"]
+    _, first, second = repo.commits.values()
     names = ["README.md", "completions_00010.parquet", "metadata.jsonl"]
     names += [str(path.relative_to(log.folder)) for path in (log.folder / "step_000010").iterdir()]
-    assert sorted(files) == sorted(names) and len(names) == 9
-    assert (
-        not any("000010" in name for name in more) and len(base64.b64decode(more["metadata.jsonl"]).splitlines()) == 6
-    )
-    assert base64.b64decode(files["README.md"]) == (log.folder / "README.md").read_bytes()
+    assert sorted(first) == sorted(names) and len(names) == 9
+    assert {name: blob for name, blob in second.items() if "000010" in name} == {
+        n: first[n] for n in names if "000010" in n
+    }
+    assert len(second["metadata.jsonl"].data.splitlines()) == 6
+    assert first["README.md"].data == (log.folder / "README.md").read_bytes()
 
 
-def test_what_could_not_be_uploaded_goes_with_the_next_step(hub, tmp_path, caplog):
-    log = CompletionLog(tmp_path, hub_repo="me/log", hub_token="hf_secret")
-    hub.broken = True
+def test_what_could_not_be_uploaded_goes_with_the_next_step(hub, tmp_path, caplog):  # noqa: F811
+    log = CompletionLog(tmp_path, hub_repo="me/log")
+    hub.fail("POST", "/commit/", 403, message="closed")
     log.write(**completions(10))
     finish(log)
-    hub.broken = False
+    assert "step 10 not uploaded to me/log" in caplog.text and "closed" in caplog.text
     log.write(**completions(20))
     finish(log)
-    ((title, files),) = hub.commits
-    assert title == "Completions of step 20" and {"completions_00010.parquet", "completions_00020.parquet"} <= set(
-        files
-    )
-    assert sum(name.endswith(".mp4") for name in files) == 6
+    repo = hub.repo("me/log", "dataset")
+    assert repo.messages[1:] == ["Completions of step 20"]
+    assert {"completions_00010.parquet", "completions_00020.parquet"} <= set(repo.files())
+    assert sum(name.endswith(".mp4") for name in repo.files()) == 6
 
 
-def test_a_repository_that_cannot_be_created_stops_at_once(hub, tmp_path):
-    hub.broken = True
-    with pytest.raises(HfHubHTTPError, match="out of order"):
-        CompletionLog(tmp_path, hub_repo="me/log", hub_token="hf_secret")
+def test_a_repository_that_cannot_be_created_stops_at_once(hub, tmp_path):  # noqa: F811
+    with pytest.raises(HubError, match="cannot create other/log.*write access"):
+        CompletionLog(tmp_path, hub_repo="other/log")
     with pytest.raises(ValueError, match="me/log/too/deep"):
         CompletionLog(tmp_path, hub_repo="me/log/too/deep")

@@ -44,7 +44,9 @@ class Pusher:
         for leftover in self.output_dir.glob("_push-*"):
             shutil.rmtree(leftover)
 
-    def submit(self, weights: Path, commit_message: str, checkpoint: str | None = None) -> "Future[CommitInfo]":
+    def submit(
+        self, weights: Path, commit_message: str, checkpoint: str | None = None, watched: bool = True
+    ) -> "Future[CommitInfo]":
         """
         Upload a model with the run's card.
 
@@ -53,6 +55,8 @@ class Pusher:
             commit_message (`str`): Title of the commit.
             checkpoint (`str`, *optional*): Where in the repository to put the whole of `weights` as well, optimizer states
                 and all, to resume from.
+            watched (`bool`, *optional*, defaults to `True`): Whether somebody asks the future how it went; else a failure is
+                a warning.
 
         Returns:
             `Future`: Of the commit; raises [`HubError`].
@@ -77,15 +81,13 @@ class Pusher:
                 return push_folder(
                     self.api, staging, self.repo_id, "model", self.revision, commit_message, delete_patterns=outdated
                 )
+            except Exception as error:
+                if not watched:
+                    logger.warning(
+                        f"not uploaded: {commit_message!r}: {error}. Training goes on, and the next save uploads again."
+                    )
+                raise
             finally:
                 shutil.rmtree(staging)
 
         return self.api.run_as_future(push)
-
-
-def warn_if_failed(job: Future, what: str) -> None:
-    """Say so as soon as an upload has failed; for `Future.add_done_callback`."""
-    if not job.cancelled() and job.exception() is not None:
-        logger.warning(
-            f"{what} was not uploaded: {job.exception()}. Training goes on, and the next save uploads again."
-        )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo
@@ -28,7 +29,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import PushInProgress, logging
 
-from ..hub.pushing import Pusher, warn_if_failed
+from ..hub.pushing import Pusher
 from ..hub.trainer_card import write_card
 from ..models import VideoModel, check_model
 from ..models.roles import Roles, checkpoint_under
@@ -55,6 +56,7 @@ from .lora import (
     repeated_blocks,
     save_adapter,
 )
+from .sharding import prepare_fsdp, shard_on_cpu
 
 
 logger = logging.get_logger(__name__)
@@ -232,6 +234,29 @@ class VideoTrainer(Trainer):
         if args.validation_steps is not None:
             self.add_callback(ValidationVideoCallback(self, self.validation_prompts()))
 
+    # ---- Sharded weights ----
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.use_cpu:
+            shard_on_cpu(self.accelerator)
+            self.is_fsdp_enabled = self.accelerator.distributed_type == DistributedType.FSDP
+        if self.is_fsdp_enabled:
+            prepare_fsdp(self.accelerator, self.video_model.denoisers[self.denoiser_name])
+
+    def _prepare_for_training(self, *args, **kwargs):
+        # FSDP puts shards in the place of the weights, and roles would go on to switch those that are gone
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self.policies.refresh()
+        return prepared
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        """As [`~transformers.Trainer.compute_loss_context_manager`]; accelerate gives a sharded model no autocast itself."""
+        stack = super().compute_loss_context_manager()
+        if self.is_fsdp_enabled:
+            stack.enter_context(self.accelerator.autocast())
+        return stack
+
     # ---- The model and its data ----
 
     def _load_model(self, model, quantization_config, peft_config) -> VideoModel:
@@ -287,19 +312,19 @@ class VideoTrainer(Trainer):
     def pipe(self) -> DiffusionPipeline:
         """The pipeline with the weights in training. Text encoder and VAE are loaded again if they left memory."""
         self.video_model.restore_encoders()
-        if not self.is_fsdp_enabled:
-            self._place()
+        self._place(sharded=self.is_fsdp_enabled)
         return self.video_model.pipe
 
-    def _place(self) -> None:
-        """All of the pipeline to the device, but for the expert that is not in use."""
-        if not self.swap.enabled:
+    def _place(self, sharded: bool = False) -> None:
+        """All of the pipeline to the device, but for the expert that is not in use and for what is sharded."""
+        if not self.swap.enabled and not sharded:
             self.video_model.pipe.to(self.args.device)
             return
         for name, module in self.video_model.pipe.components.items():
             if isinstance(module, nn.Module) and name not in self.video_model.denoisers:
                 module.to(self.args.device)
-        self.swap.use(self.swap.current or self.denoiser_name)
+        if self.swap.enabled:
+            self.swap.use(self.swap.current or self.denoiser_name)
 
     def by_expert(self, model: nn.Module) -> dict[str, Any]:
         """What `VideoModel.velocity` takes as `denoiser`, for the model that the `Trainer` holds."""
@@ -800,6 +825,6 @@ class VideoTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.create_model_card()
         paths = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name}
-        job = self.pusher.submit(Path(checkpoint_folder), f"Training in progress, {step}", paths.get(strategy))
-        job.add_done_callback(lambda done: warn_if_failed(done, step))
+        message = f"Training in progress, {step}"
+        job = self.pusher.submit(Path(checkpoint_folder), message, paths.get(strategy), watched=False)
         self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), job])

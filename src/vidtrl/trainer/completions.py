@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..data.video import write_video
-from ..hub.upload import retried
+from ..hub.upload import create_repository, retried
 from .callbacks import frame_strip, log_videos, slug
 from .checkpoint import publish
 
@@ -120,9 +120,7 @@ class CompletionLog:
         if hub_repo is not None:
             # a missing token or permission shows here, before hours of training
             self.api = HfApi(token=hub_token)
-            self.hub_repo = self.api.create_repo(
-                hub_repo, repo_type="dataset", private=hub_private_repo, exist_ok=True
-            ).repo_id
+            self.hub_repo = create_repository(self.api, hub_repo, "dataset", hub_private_repo, None)
 
     def write(
         self,
@@ -195,7 +193,6 @@ class CompletionLog:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         for name, video in zip(names, videos, strict=True):
-            assert video.is_floating_point()
             assert video.is_floating_point()
             video = video.detach().float().cpu()
             write_video(staging / f"{name}.mp4", video, fps=self.fps)
@@ -270,16 +267,14 @@ class CompletionLog:
                 commit_message=f"Completions of step {step}",
             )
 
-        def warn(done: Future) -> None:
-            if done.exception() is not None:
-                logger.warning(
-                    f"{done.exception()}. With the next step it is tried again; the files are in {self.folder}"
-                )
+        def watched():
+            try:
+                return retried(upload, f"completions of step {step} not uploaded to {self.hub_repo}", self.api.token)
+            except Exception as error:
+                logger.warning(f"{error} With the next step it is tried again; the files are in {self.folder}.")
+                raise
 
-        # the interpreter waits at its end for what is still under way
-        what = f"the completions of step {step} were not uploaded to {self.hub_repo}"
-        future = self.api.run_as_future(retried, upload, what, self.api.token)
-        future.add_done_callback(warn)
+        future = self.api.run_as_future(watched)  # the interpreter waits at its end for what is still under way
         self.uploads.append((future, patterns))
 
 
