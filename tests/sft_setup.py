@@ -7,6 +7,7 @@ from pathlib import Path
 
 from datasets import Dataset
 from peft import LoraConfig
+from torch.distributed.tensor import DTensor
 
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -66,7 +67,9 @@ def make_trainer(output_dir, clips, cache_dir, *, pipe=None, lora=True, eval_cli
 
 
 def trained_weights(trainer) -> dict:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    """Whole weights, also of a sharded model: all processes must call it."""
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
 
 
 def digest(weights: dict) -> str:

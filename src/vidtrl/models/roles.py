@@ -99,6 +99,12 @@ class Roles:
         """The trained weights of a role, by their names in its module."""
         return self._roles[name].parameters
 
+    def refresh(self) -> None:
+        """Find all trained weights again by their names, after others (FSDP's shards) were put in their place."""
+        for role in self._roles.values():
+            present = dict(role.module.named_parameters())
+            role.parameters = {name: present[name] for name in role.parameters}
+
     @property
     def current(self) -> str:
         """The active role."""

@@ -1,0 +1,66 @@
+"""Sharded weights (FSDP2, DeepSpeed) of a diffusers denoiser: what accelerate and the Trainer do not know about one."""
+
+import os
+
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs, DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+
+from .lora import repeated_blocks
+
+
+def shard_on_cpu(accelerator: Accelerator) -> None:
+    """
+    Shard the weights of processes on a CPU too, where an accelerate configuration asks for FSDP.
+
+    accelerate (1.15) shards on accelerators alone and would silently run DDP.
+
+    Args:
+        accelerator (`Accelerator`): Nothing is prepared with it yet.
+
+    Raises:
+        `ValueError`: If the configuration asks for DeepSpeed, which accelerate would leave out as silently.
+    """
+    if _asked_for("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "DeepSpeed does not run with use_cpu: leave use_cpu out, or take the accelerate configuration multi_gpu or fsdp2"
+        )
+    if _asked_for("ACCELERATE_USE_FSDP") and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+
+
+def _asked_for(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
+
+
+def prepare_fsdp(accelerator: Accelerator, denoiser: nn.Module) -> None:
+    """
+    Choose what is sharded together and how it computes: by block of the denoiser, with the numbers of one process.
+
+    Mixed precision is autocast's, as without FSDP: the policy that accelerate would set rounds all arguments of the
+    denoiser to bfloat16, and with them the noise level (8 bits of it are left), and adds up gradients in bfloat16.
+
+    Args:
+        accelerator (`Accelerator`): With an FSDP plugin; nothing is prepared with it yet.
+        denoiser (`nn.Module`): What will be trained, or what an adapter is trained on.
+
+    Raises:
+        `ValueError`: For settings of an accelerate configuration that the trainers do not work with; says what to set.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError("FSDP needs fsdp_version: 2 in the accelerate configuration, such as that of the name fsdp2")
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise ValueError("checkpoints are files for diffusers: set fsdp_state_dict_type: FULL_STATE_DICT")
+    if plugin.activation_checkpointing:
+        raise ValueError("set fsdp_activation_checkpointing: false; the trainer's gradient_checkpointing=True does it")
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError("set fsdp_cpu_ram_efficient_loading: false: diffusers loads the weights in every process")
+    if plugin.transformer_cls_names_to_wrap is None:
+        # diffusers' own list has classes that a denoiser may lack, which accelerate refuses
+        blocks = [block for stack in repeated_blocks(denoiser).values() for block in stack]
+        plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in blocks})
+    plugin.mixed_precision_policy = None
+    # a cache of casts would hold the whole model in every process
+    accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
