@@ -138,6 +138,18 @@ def test_the_card_loads_and_plays_from_the_repository(hub, run):  # noqa: F811
     assert card_for(again, "me/wan-sft") == card
 
 
+def test_cards_of_odd_directories():
+    """Jinja and json spell some characters differently; what diffusers has no loader for is loaded by its path."""
+    card = """pipe.load_lora_weights("/home/o'hara/a&b")
+load_lora(pipe.transformer, "/home/o'hara/a&b/pytorch_lora_weights.safetensors", "trained")
+<!-- vidtrl: the code above loads from "/home/o\\u0027hara/a\\u0026b" -->"""
+    assert card_for(card, "me/x").splitlines() == [
+        'pipe.load_lora_weights("me/x")',
+        'load_lora(pipe.transformer, hf_hub_download("me/x", "pytorch_lora_weights.safetensors"), "trained")',
+        '<!-- vidtrl: the code above loads from "me/x" -->',
+    ]
+
+
 def test_a_checkpoint_goes_up_with_its_runs_card(hub, run):  # noqa: F811
     push_to_hub(run / "checkpoint-2", "me/early")
     files = hub.repo("me/early").files()

@@ -398,11 +398,13 @@ def card_for(text: str, repo_id: str, revision: str | None = None) -> str:
         revision (`str`, *optional*): Of that.
     """
     if (marker := MARKER.search(text)) is not None:
-        text = text.replace(marker[1], f'"{repo_id}"')
-        text = re.sub(rf"{re.escape(f'{constants.ENDPOINT}/{marker[1][1:-1]}/resolve/')}[^/\"]+/", "", text)
-        # what has no loader in diffusers is loaded by its path
-        inside = re.compile(rf'"{re.escape(marker[1][1:-1])}/([^"]+)"')
-        text = inside.sub(rf'hf_hub_download("{repo_id}", "\g<1>")', text) if marker[1][1:2] == "/" else text
+        before = json.loads(marker[1])
+        for spelling in (marker[1], json.dumps(before)):
+            text = text.replace(spelling, f'"{repo_id}"')
+        text = re.sub(rf"{re.escape(f'{constants.ENDPOINT}/{before}/resolve/')}[^/\"]+/", "", text)
+        if before.startswith("/"):  # what has no loader in diffusers is loaded by its path
+            inside = re.compile(rf'"{re.escape(before)}/([^"]+)"')
+            text = inside.sub(rf'hf_hub_download("{repo_id}", "\g<1>")', text)
     text = text.replace('"PATH_OR_REPOSITORY"', f'"{repo_id}"')
     base = f"{constants.ENDPOINT}/{repo_id}/resolve/{revision or constants.DEFAULT_REVISION}/"
     return _VIDEO.sub(rf"\g<1>{base}\g<2>\g<3>", text)
