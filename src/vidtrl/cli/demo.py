@@ -134,8 +134,9 @@ class StageWatch:
     def seconds_left(self) -> float:
         """The usual time of what is not finished, by how much slower than usual the finished stages were."""
         done = [name for name in self.names if self.record[name]["finished"]]
-        usual = sum(self.expected[name] for name in done)
-        took = sum(self.record[name]["seconds"] for name in done)
+        timed = [name for name in done if self.record[name]["seconds"] > 1]  # not those that another run left
+        usual = sum(self.expected[name] for name in timed)
+        took = sum(self.record[name]["seconds"] for name in timed)
         pace = took / usual if usual > 10 else 1.0
         return pace * sum(self.expected[name] for name in self.names if name not in done)
 
