@@ -213,13 +213,24 @@ _EDIT = "it edits a source video or image; use the family's text-to-video or ima
 _EDM = "its EDM preconditioning (c_in, c_skip, sigma_data) is not a flow or VP model in the sense of this table."
 _UNET = "it is a U-Net of the Stable Diffusion generation without a video transformer."
 _NO_ROW = "no row has been verified for it yet; docs/models.md says how to add one."
-_MODULAR = "modular pipelines have no single call to capture; load the classic pipeline of this model."
+_UPSAMPLER = "it enlarges latents in one pass; there is no noise to train on."
+_MODULAR = "modular pipelines have no single call to capture"
 
 UNSUPPORTED: dict[str, str] = {
     **dict.fromkeys(
-        ("LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline", "LTX2InContextPipeline"), _AUDIO
+        (
+            "LTX2Pipeline",
+            "LTX2ImageToVideoPipeline",
+            "LTX2ConditionPipeline",
+            "LTX2InContextPipeline",
+            "LTX2DFRPipeline",
+            "LTX2DFRTemporalRefinePipeline",
+            "LTX2HDRPipeline",
+            "Kandinsky6TI2VAPipeline",
+            "Cosmos3OmniPipeline",
+        ),
+        _AUDIO,
     ),
-    **dict.fromkeys(("Kandinsky6TI2VAPipeline", "Cosmos3OmniPipeline"), _AUDIO),
     **dict.fromkeys(
         ("HeliosPipeline", "HeliosPyramidPipeline", "HunyuanVideoFramepackPipeline", "SanaWMPipeline"), _CHUNKS
     ),
@@ -244,39 +255,71 @@ UNSUPPORTED: dict[str, str] = {
             "EasyAnimateInpaintPipeline",
             "ChronoEditPipeline",
             "LucyEditPipeline",
+            "Kandinsky6SRPipeline",
         ),
         _EDIT,
     ),
+    **dict.fromkeys(("LTXLatentUpsamplePipeline", "LTX2LatentUpsamplePipeline"), _UPSAMPLER),
+    "LTX2VideoDiffusionDecodePipeline": "it decodes latents: its diffusion model is the decoder, which knows no text.",
     **dict.fromkeys(("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline", "Cosmos2VideoToWorldPipeline"), _EDM),
     **dict.fromkeys(
         (
             "AnimateDiffPipeline",
             "AnimateDiffSDXLPipeline",
+            "AnimateDiffControlNetPipeline",
+            "AnimateDiffPAGPipeline",
+            "AnimateDiffSparseControlNetPipeline",
+            "AnimateDiffVideoToVideoPipeline",
+            "AnimateDiffVideoToVideoControlNetPipeline",
             "I2VGenXLPipeline",
+            "PIAPipeline",
             "StableVideoDiffusionPipeline",
             "TextToVideoSDPipeline",
             "TextToVideoZeroPipeline",
+            "TextToVideoZeroSDXLPipeline",
+            "VideoToVideoSDPipeline",
         ),
         _UNET,
     ),
+    "Cosmos2TextToImagePipeline": "it generates single images; and " + _EDM,
     "Kandinsky5I2VPipeline": "it rescales the first frame after sampling, so what it decodes is not what was denoised.",
     "HunyuanVideo15ImageToVideoPipeline": "it takes its size from the image instead of height and width.",
     "LTXConditionPipeline": "its conditions add tokens to the sequence; LTXImageToVideoPipeline trains the same weights.",
     "LattePipeline": "it has an image VAE that is called frame by frame and a learned-variance head.",
     "Cosmos2_5_PredictBasePipeline": "it runs only with its separate safety checker; " + _NO_ROW,
     "Cosmos2_5_TransferPipeline": "it runs only with its separate safety checker; " + _NO_ROW,
+    "ConsisIDPipeline": "it needs embeddings of a face, which its call does not compute; " + _NO_ROW,
+    **dict.fromkeys(("HunyuanSkyreelsImageToVideoPipeline", "MotifVideoImage2VideoPipeline"), _NO_ROW),
     **dict.fromkeys(
         (
-            "ConsisIDPipeline",
-            "HunyuanSkyreelsImageToVideoPipeline",
-            "MotifVideoImage2VideoPipeline",
+            "WanModularPipeline",
+            "WanImage2VideoModularPipeline",
+            "Wan22ModularPipeline",
+            "Wan22Image2VideoModularPipeline",
+            "LTXModularPipeline",
+            "HunyuanVideo15ModularPipeline",
         ),
-        _NO_ROW,
+        _MODULAR + "; load the classic pipeline of this model.",
     ),
     **dict.fromkeys(
-        ("WanModularPipeline", "Wan22ModularPipeline", "LTXModularPipeline", "LTX25ModularPipeline"), _MODULAR
+        ("HeliosModularPipeline", "HeliosPyramidModularPipeline", "HeliosPyramidDistilledModularPipeline"),
+        _MODULAR + ", and this one generates chunk after chunk.",
     ),
-    **dict.fromkeys(("HunyuanVideo15ModularPipeline", "HeliosModularPipeline"), _MODULAR),
+    **dict.fromkeys(
+        (
+            "LTX2ModularPipeline",
+            "LTX25ModularPipeline",
+            "MiniMaxH3ModularPipeline",
+            "EchoModularPipeline",
+            "Cosmos3OmniModularPipeline",
+            "Cosmos3DistilledModularPipeline",
+        ),
+        _MODULAR + ", and this one generates audio together with video.",
+    ),
+    **dict.fromkeys(
+        ("Wan22VaceModularPipeline", "WanAnimate2ModularPipeline", "WanAnimate2DistilledModularPipeline"),
+        _MODULAR + ", and this one edits a source.",
+    ),
 }
 
 
