@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from PIL import Image
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import Trainer
 
 from ..diffusion import distribution_matching as dm
@@ -571,10 +571,21 @@ def trace_run(
     peft_config: PeftConfig | None,
     teacher_model: str | os.PathLike | DiffusionPipeline | None = None,
 ) -> tuple[Run, dict[str, Phase]]:
-    """A run and what each of its phases needs on a single device, by part."""
+    """
+    A run and what each of its phases needs on a single device, by part.
+
+    Raises:
+        `ValueError`: For a denoiser whose operations depend on values, such as the number of text tokens in a mask.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "Mismatch dtype between input and weight"
         )  # says which kernel a CPU would take
         run = Run(copy.copy(args), model, peft_config, teacher_model, ROLES[trainer])
-        return run, PHASES[trainer](run)
+        try:
+            return run, PHASES[trainer](run)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise ValueError(
+                f"the memory of {run.name} cannot be counted without data: its {type(run.denoiser).__name__} decides by the "
+                f"values of a tensor what it computes ({error}). Start a short run (max_steps=2) and watch the device instead"
+            ) from error
