@@ -32,7 +32,7 @@ from .run_plan import (
     resolved_settings,
 )
 from .run_result import print_summary, write_script
-from .run_stage import adapters_beside, enhance_command, figures, run_process, stage_command, write_config
+from .run_stage import enhance_command, figures, run_process, stage_command, write_config
 from .run_state import State, Step, data_digests, identity, lock, output_digest, plan, put_aside
 
 
@@ -168,8 +168,6 @@ def run_stage(pipeline: Pipeline, step: Step, state: State, held: int, again: st
             break
     seconds = round(before + time.monotonic() - start, 1)
     if ended.code == 0 and command is commands[-1]:  # also if it was told to stop, but had ended by then
-        if stage.name == "distill":
-            adapters_beside(stage)
         digest = output_digest(stage)
         if digest is None:
             raise RuntimeError(f"stage {stage.name} ended without its result in {stage.folder}; see {log}")

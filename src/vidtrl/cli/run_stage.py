@@ -151,19 +151,6 @@ def _signal(group: int, number: int) -> bool:
     return False
 
 
-def adapters_beside(stage: Stage) -> None:
-    """Let a student name the adapters under it relative to itself, so that the output directory can be moved."""
-    from ..inference import read_distill_config, write_distill_config
-
-    config = read_distill_config(stage.folder)
-    own = stage.folder.parent.resolve()
-    below = [
-        f"../{Path(adapter).name}" if Path(adapter).resolve().parent == own else adapter
-        for adapter in config.base_adapters
-    ]
-    write_distill_config(stage.folder, **{**vars(config), "base_adapters": below})
-
-
 def figures(stage: Stage) -> dict:
     """
     What a stage's log says about how it went.
@@ -196,11 +183,13 @@ def _metrics(history: list[dict]) -> dict[str, tuple[float, float]]:
         for name, value in entry.items():
             if isinstance(value, int | float):
                 series.setdefault(name, []).append(value)
-    cost = ("runtime", "_per_second", "_seconds", "seconds/")
-    names = [name for name in series if name.startswith("eval_") and not any(part in name for part in cost)]
-    if not names:
-        names = ["rewards/video_reward/mean", "rewards/structure_reward/mean"]
-        names = [name for name in names if name in series] or [name for name in ("reward", "loss") if name in series][
-            :1
-        ]
+    detail = ("runtime", "_per_second", "seconds", "_sigma_", "/std")
+    names = [name for name in series if name.startswith("eval_") and not any(part in name for part in detail)]
+    for fallback in (
+        ["rewards/video_reward/mean", "rewards/structure_reward/mean"],
+        ["reward"],
+        ["loss/student"],
+        ["loss"],
+    ):
+        names = names or [name for name in fallback if name in series]
     return {name: (series[name][0], series[name][-1]) for name in names}
