@@ -11,13 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_inference import seeded, write_adapter
 
-from vidtrl import InferenceOptimization
+from vidtrl import InferenceOptimization, toy
 from vidtrl.inference import CausalVideoPipeline, FewStepFlowScheduler
 from vidtrl.inference.benchmark import deviation, measure
 from vidtrl.inference.export import load_adapters
 from vidtrl.inference.optimization import fuse_adapters
+from vidtrl.models import VideoModel
 
 
+TOY = dict(height=32, width=32, num_frames=5)
 CALL = dict(tiny_pipelines.WAN_LIKE, output_type="latent")
 
 
@@ -55,6 +57,41 @@ def test_vae_settings():
     pipe = InferenceOptimization(vae_tiling=True, vae_slicing=True).apply(make())
     assert pipe.vae.use_tiling and pipe.vae.use_slicing
     assert not make().vae.use_tiling
+
+
+@pytest.mark.parametrize("name", ["toy", "ltx", "cogvideox", "mochi", "hunyuan"])
+def test_decoding_in_another_dtype(name):
+    """The decoder alone computes in it; latents, the encoder and what comes out are as before."""
+
+    def decode(dtype, seed=0):
+        if name == "toy":
+            pipe, call = diffusers.WanPipeline.from_pretrained(toy.pipeline_path()), TOY
+        else:
+            pipe, call = tiny_pipelines.ALL[name]()
+        InferenceOptimization(vae_dtype=dtype).apply(pipe)
+        model = VideoModel(pipe)
+        z = torch.randn(
+            1, *model.latent_shape(call["num_frames"], call["height"], call["width"]), generator=seeded(seed)
+        )
+        with torch.no_grad():
+            pixels = pipe.vae.decode(model.denormalize(z), return_dict=False)[0]
+            moments = pipe.vae.encode(pixels.clamp(-1, 1)).latent_dist.mean
+        assert pixels.dtype == moments.dtype == pipe.vae.dtype == torch.float32
+        assert next(pipe.vae.decoder.parameters()).dtype == (dtype or torch.float32)
+        return pixels
+
+    plain, half, same = decode(None), decode(torch.bfloat16), decode(torch.float32)
+    error, spread = (half - plain).norm(), (decode(None, 1) - plain).norm()
+    assert torch.equal(same, plain) and 0 < error < 0.1 * spread
+
+
+def test_a_compiled_decoder_with_channels_last_decodes_the_same():
+    plain, pipe = make(), make()
+    InferenceOptimization(vae_compile=True, vae_channels_last=True, compile_kwargs={"backend": "eager"}).apply(pipe)
+    assert pipe.vae.decoder._compiled_call_impl is not None
+    assert pipe.vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    videos = [run(p, 1, output_type="pt") for p in (plain, pipe)]
+    torch.testing.assert_close(*videos)
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan15"])

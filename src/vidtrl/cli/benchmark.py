@@ -57,6 +57,9 @@ def make_parser() -> Parser:
     group.add_argument("--offload", choices=("model", "sequential", "group"), help="weights wait on the CPU")
     group.add_argument("--vae_tiling", action="store_true", help="decode tile by tile")
     group.add_argument("--vae_slicing", action="store_true", help="decode clip by clip")
+    group.add_argument("--vae_dtype", choices=DTYPES, help="decode in this dtype")
+    group.add_argument("--vae_channels_last", action="store_true", help="its convolutions with channels last")
+    group.add_argument("--vae_compile", action="store_true", help="compile the decoder")
     return parser
 
 
@@ -228,11 +231,22 @@ def _optimization(args):
 
     chosen = {
         name: getattr(args, name)
-        for name in ("fuse_lora", "attention_backend", "compile", "offload", "vae_tiling", "vae_slicing")
+        for name in (
+            "fuse_lora",
+            "attention_backend",
+            "compile",
+            "offload",
+            "vae_tiling",
+            "vae_slicing",
+            "vae_channels_last",
+            "vae_compile",
+        )
         if getattr(args, name)
     }
     if args.compile_kwargs is not None:
         chosen["compile_kwargs"] = _json(args.compile_kwargs, "--compile_kwargs")
+    if args.vae_dtype is not None:
+        chosen["vae_dtype"] = getattr(torch, args.vae_dtype)
     if args.layerwise_casting is not None:
         chosen["layerwise_casting"] = getattr(torch, args.layerwise_casting, None)
         if not isinstance(chosen["layerwise_casting"], torch.dtype):
