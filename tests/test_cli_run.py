@@ -21,6 +21,7 @@ from vidtrl.cli.errors import UserError
 from vidtrl.cli.main import main
 from vidtrl.cli.run import _apart
 from vidtrl.cli.run_plan import read_pipeline
+from vidtrl.cli.run_result import write_script
 from vidtrl.cli.run_stage import run_process
 from vidtrl.cli.run_state import State, data_digests, identity, output_digest, plan
 from vidtrl.inference import load_student
@@ -304,6 +305,24 @@ def test_an_unfinished_stage_goes_on_from_its_newest_checkpoint(trained):
         trained(stages__distill__learning_rate=0.1)
 
 
+def test_the_program_loads_both_experts_of_a_model_with_two(trained):
+    pipeline = read_pipeline("pipeline.yaml")
+    (Path("out/sft") / ADAPTER).rename("out/sft/pytorch_lora_weights_high_noise.safetensors")
+    Path("out/sft/pytorch_lora_weights_low_noise.safetensors").write_text("low")
+    path = write_script(pipeline, pipeline.stages[:1])
+    lines = [line for line in path.read_text().splitlines() if line.startswith("pipe.load_lora_weights")]
+    name = "here / 'sft', adapter_name='sft', weight_name='pytorch_lora_weights"
+    assert lines[0] == f"pipe.load_lora_weights({name}_high_noise.safetensors')"
+    assert lines[1] == f"pipe.load_lora_weights({name}_low_noise.safetensors', load_into_transformer_2=True)"
+    compile(path.read_text(), "generate.py", "exec")
+    Path("out/distill/distill_config.json").write_text(
+        json.dumps({"denoising_steps": [1000, 500], "frames_per_block": 3})
+    )
+    text = write_script(pipeline, pipeline.stages).read_text()  # a causal student is no stock pipeline's
+    assert 'CausalVideoPipeline.from_pretrained(here / "distill"' in text and "load_lora_weights" not in text
+    compile(text, "generate.py", "exec")
+
+
 # ---- Processes ----
 
 WAITS = """
@@ -318,6 +337,7 @@ except KeyboardInterrupt:
 PARENT = """
 import os, sys
 from pathlib import Path
+from vidtrl.cli.run_result import write_script
 from vidtrl.cli.run_stage import run_process
 ended = run_process([sys.executable, "-c", sys.argv[1]], Path("log"), os.open("log", os.O_RDWR | os.O_CREAT), lambda pid: None)
 print(ended)
