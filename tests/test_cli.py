@@ -356,7 +356,7 @@ def test_ctrl_c_exits_130_with_a_hint(config, tmp_path):
 
 
 def test_example_config_parses():
-    example = Path(__file__).parents[1] / "examples" / "sft_lora_wan.yaml"
+    example = Path(__file__).parents[1] / "examples" / "sft_lora_wan" / "config.yaml"
     script, training, lora, *_ = parse("--config", example, "--bf16", "false", "--use_cpu")
     assert script.dataset_train_split == "train[:95%]" and lora.use_peft
     assert (training.height, training.width, training.num_frames, training.learning_rate) == (480, 832, 81, 1e-4)

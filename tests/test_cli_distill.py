@@ -76,7 +76,7 @@ def test_options_come_from_file_and_command_line(config):
 
 
 def test_the_example_is_valid(tmp_path, monkeypatch):
-    path = os.path.join(os.path.dirname(__file__), "..", "examples", "distill_lora_wan.yaml")
+    path = os.path.join(os.path.dirname(__file__), "..", "examples", "distill_4_steps_wan", "config.yaml")
     overrides = ["--bf16", "False", "--use_cpu", "True", "--report_to", "none", "--output_dir", str(tmp_path)]
     _, training, lora, *_ = make_parser().parse_args_and_config(["--config", path, *overrides])
     assert training.recipe == "dmd2" and lora.use_peft and training.teacher_guidance_scale == 4.5

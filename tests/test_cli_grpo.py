@@ -133,12 +133,12 @@ def test_help_lists_every_option(capsys):
 
 
 def test_example_config_parses():
-    example = Path(__file__).parents[1] / "examples" / "grpo_lora_wan.yaml"
+    example = Path(__file__).parents[1] / "examples" / "grpo_flash_wan" / "config.yaml"
     script, training, lora, *_ = make_parser().parse_args_and_config(
         ["--config", str(example), "--bf16", "false", "--use_cpu"]
     )
     assert [resolve_reward(name) for name in script.reward_funcs + script.eval_reward_funcs]
-    assert lora.use_peft and training.recipe == "flash-grpo" and training.num_frames == 33
+    assert lora.use_peft and training.recipe == "flash-grpo" and training.num_frames == 81
     videos = training.per_device_train_batch_size * training.gradient_accumulation_steps
     assert videos == 64 and videos % training.num_generations == 0
 

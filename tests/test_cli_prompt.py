@@ -166,7 +166,7 @@ def test_help_lists_every_option(capsys):
 
 
 def test_example_config_parses():
-    example = Path(__file__).parents[1] / "examples" / "prompt_wan.yaml"
+    example = Path(__file__).parents[1] / "examples" / "prompt_enhancer" / "config.yaml"
     script, lora, _ = make_parser().parse_args_and_config(["--config", str(example), "--seed", "7"])
     assert script.seed == 7 and lora.use_peft and script.template == "wan" and script.steps == ["sft", "grpo"]
     assert [resolve_reward(name) for name in script.reward_funcs]

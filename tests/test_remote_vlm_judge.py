@@ -24,7 +24,7 @@ from vidtrl.rewards import RemoteReward, RewardServer
 from vidtrl.rewards.wire import dequantize, quantize
 
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "remote_vlm_judge.py"
+EXAMPLE = Path(__file__).parent.parent / "examples" / "grpo_multi_reward_vlm" / "remote_vlm_judge.py"
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}"
     "{{ c['text'] }}{% endif %}{% endfor %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"

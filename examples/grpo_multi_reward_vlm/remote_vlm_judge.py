@@ -4,12 +4,12 @@ The model looks at a few frames of each video and answers with a score from 1 to
 works that takes several images, such as Qwen/Qwen3-VL-2B-Instruct (Qwen's processors need `pip install torchvision`). Where the
 judge runs:
 
-    vidtrl reward-server --reward examples/remote_vlm_judge.py:get_judge \
+    vidtrl reward-server --reward examples/grpo_multi_reward_vlm/remote_vlm_judge.py:get_judge \
         --kwargs '{"model_id": "Qwen/Qwen3-VL-2B-Instruct"}' --batch_size 8 --port 8000
 
 Where the video model is trained:
 
-    vidtrl grpo --config examples/grpo_lora_wan.yaml --reward_funcs http://judge-host:8000 motion-magnitude
+    vidtrl grpo --config examples/grpo_flash_wan/config.yaml --reward_funcs http://judge-host:8000 motion-magnitude
 
 On another machine than the trainer, give both the same secret in VIDTRL_REWARD_TOKEN and the server `--host 0.0.0.0`. One server
 uses one GPU; for more, start one on each (CUDA_VISIBLE_DEVICES) and list them: `http://a:8000,http://a:8001`.
