@@ -1,18 +1,19 @@
 """Prompt enhancement: a real tiny language model, a real tiny video pipeline, real TRL trainers."""
 
 import json
-import shutil
 import warnings
 
 import pytest
 import torch
 import trl
+from hub_server import ME, hub  # noqa: F401
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from prompt_setup import SHORT, byte_lm, byte_tokenizer, silent_lm
 from tiny_pipelines import wan, wan_i2v
 
+from vidtrl.hub import HubError
 from vidtrl.prompts import (
     PromptEnhancer,
     PromptFallbackWarning,
@@ -286,26 +287,16 @@ def test_saves_and_loads(tmp_path, chat):
     assert PromptEnhancer.from_pretrained(tmp_path / "fixed")("a cat") == template_only("a cat")
 
 
-def test_push_uploads_what_loads_again(tmp_path, monkeypatch):
-    class Hub:  # the one thing that cannot run here
-        def __init__(self, token):
-            assert token == "secret"
-
-        def create_repo(self, repo_id, private, exist_ok):
-            assert private and exist_ok
-            return type("Url", (), {"repo_id": repo_id})
-
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            shutil.copytree(folder_path, tmp_path / "hub" / repo_id)
-            return "https://hub/commit"
-
-    monkeypatch.setattr("vidtrl.prompts.enhancer.HfApi", Hub)
+def test_push_uploads_what_loads_again(hub):  # noqa: F811
     enhancer = enhancer_of(temperature=1.0)
-    assert enhancer.push_to_hub("me/prompts", private=True, token="secret") == "https://hub/commit"
-    uploaded = tmp_path / "hub" / "me" / "prompts"
-    assert PromptEnhancer.from_pretrained(uploaded).generate(["a cat"]) == enhancer.generate(["a cat"])
-    assert 'from_pretrained("me/prompts")' in (uploaded / "README.md").read_text()
-    assert not any("secret" in f.read_text() for f in uploaded.glob("*.json"))
+    address = enhancer.push_to_hub("me/prompts", private=True, token=ME)
+    repo = hub.repo("me/prompts")
+    assert repo.private and address == f"{hub.url}/me/prompts/commit/{repo.refs['main']}"
+    assert PromptEnhancer.from_pretrained("me/prompts").generate(["a cat"]) == enhancer.generate(["a cat"])
+    assert 'from_pretrained("me/prompts")' in repo.files()["README.md"].decode()
+    assert not any(ME.encode() in data for data in repo.files().values())
+    with pytest.raises(HubError, match="write access"):
+        enhancer.push_to_hub("other/prompts")
 
 
 def test_what_is_no_enhancer_cannot_be_loaded(tmp_path):

@@ -372,13 +372,18 @@ class PromptEnhancer:
 
         Returns:
             `str`: The commit's URL.
+
+        Raises:
+            [`~vidtrl.hub.HubError`]: The Hub refused, or could not be reached.
         """
+        from ..hub.upload import create_repository, push_folder  # it imports this module
+
         api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        repo_id = create_repository(api, repo_id, "model", private, None)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             self.model_card(repo_id).save(Path(folder) / "README.md")
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload prompt enhancer"))
+            return str(push_folder(api, folder, repo_id, commit_message="Upload prompt enhancer"))
 
     def model_card(self, repo_id: str = "PATH_OR_REPOSITORY") -> ModelCard:
         """The card, with a snippet that loads the enhancer from `repo_id`."""
