@@ -186,6 +186,8 @@ def test_an_adapter_that_would_mean_something_else_is_refused(tmp_path, cache_di
         make_trainer(tmp_path / "1", cache_dir, init_adapter=policy, lora=LoraConfig(r=4, lora_alpha=4))
     with pytest.raises(ValueError, match="there is no pytorch_lora_weights.safetensors in"):
         make_trainer(tmp_path / "2", cache_dir, init_adapter=str(tmp_path))
+    with pytest.raises(ValueError, match=r"the one adapter .*base_adapters=\[...\] .*add_weighted_adapter"):
+        make_trainer(tmp_path / "5", cache_dir, init_adapter=[policy, policy])
     with pytest.raises(ValueError, match="pass peft_config as well"):
         make_trainer(tmp_path / "3", cache_dir, init_adapter=policy, lora=False)
     with pytest.raises(ValueError, match="pass a peft_config to train another one on top"):
@@ -312,9 +314,10 @@ def test_a_vp_student_is_sampled_at_its_timesteps(tmp_path, cache_dir):
     model, source = trainer.video_model, [torch.Generator().manual_seed(3)]
     condition = batch(trainer)["condition"][:1]
     prompt = PROMPTS[batch(trainer)["index"][0]]
+    native = model.pack(torch.zeros(1, *condition.latent_shape)).shape
 
     def draw(step=0):
-        return randn(condition.latent_shape, source)
+        return model.unpack(torch.randn(native, generator=source[0]), condition.latent_shape)
 
     with torch.no_grad():
         x = few_step_rollout(model, condition, draw(), trainer.sigmas, draw=draw)

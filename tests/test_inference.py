@@ -500,8 +500,6 @@ def test_formats_refuse_what_they_cannot_hold(tmp_path, base, fields, format, me
 @pytest.mark.parametrize(
     "name, fields, message",
     [
-        ("cogvideox", {}, "v_prediction on a VP schedule"),
-        ("mochi", {}, "computes the sigmas itself"),
         ("easyanimate", {}, "no LoRA loader for EasyAnimatePipeline"),
         ("wan22", {}, "two experts"),
         ("ltx", {"frames_per_block": 2}, "ltx family.*CausalVideoPipeline"),

@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import torch
 from accelerate import init_empty_weights
 from diffusers import (
     ClassifierFreeGuidance,
@@ -21,11 +23,12 @@ from huggingface_hub import snapshot_download
 
 from ..models.families import Family, find_family
 from ..models.loading import load_pipeline
+from ..models.schedule import NoiseSchedule
 from ..trainer.lora import ADAPTER_FILE, lora_loader
 from . import scheduler as scheduler_file
 from .distill_config import CONFIG_FILE, StudentConfig, read_distill_config, write_distill_config
 from .optimization import fuse_adapters
-from .scheduler import FewStepFlowScheduler
+from .scheduler import FewStepFlowScheduler, FewStepVPScheduler
 
 
 FORMATS = {
@@ -60,7 +63,7 @@ def load_student(
         student's own weights.
 
     Raises:
-        `ValueError`: Nothing to load there, or a family whose pipeline cannot visit a student's timesteps.
+        `ValueError`: Nothing to load there, or a family whose pipeline cannot visit the student's timesteps.
 
     Example:
 
@@ -77,8 +80,11 @@ def load_student(
         pipe.register_modules(transformer=kind.from_pretrained(directory, subfolder="transformer", dtype=dtype))
     else:
         _load_student_adapters(pipe, config, directory)
-    pipe.scheduler = student_scheduler(config, find_family(type(pipe).__name__))
-    if find_family(type(pipe).__name__).guidance == "guider":
+    family = find_family(type(pipe).__name__)
+    pipe.scheduler = student_scheduler(config, family, pipe.scheduler)
+    if family.vae_tiling:  # its VAE decodes no other way
+        pipe.vae.enable_tiling()
+    if family.guidance == "guider":
         pipe.guider = ClassifierFreeGuidance(guidance_scale=1.0)
     return pipe
 
@@ -96,7 +102,8 @@ def export_student(
 
     `"lora"` holds `pytorch_lora_weights.safetensors`, those of earlier stages in `base_adapters/`, and `scheduler/`.
     The scheduler is diffusers' [`FlowMapEulerDiscreteScheduler`] where that is exact, for `sampler="ode"` on a uniform
-    list such as [1000, 750, 500, 250]; otherwise [`FewStepFlowScheduler`], with its source beside it:
+    list such as [1000, 750, 500, 250]; otherwise [`FewStepFlowScheduler`] (of CogVideoX and Allegro
+    [`FewStepVPScheduler`]), with its source beside it:
 
     ```python
     pipe = WanPipeline.from_pretrained(base_model)
@@ -139,7 +146,8 @@ def export_student(
     directory = student_directory(directory)
     config = read_distill_config(directory)
     if format == "lora":
-        family = find_family(_pipeline_class(config, directory, base_model))
+        index = _pipeline_index(config, directory, base_model)
+        family = find_family(index["_class_name"])
         if config.causal:
             other = _why_not_skyreels(config, family)
             raise ValueError(
@@ -147,13 +155,15 @@ def export_student(
                 + ("Use format='skyreels-v2', or sample" if other is None else "Sample")
                 + " with vidtrl's CausalVideoPipeline, which reads the student's directory as it is."
             )
-        return _export_lora(directory, config, Path(output) if output is not None else directory, family)
+        stock = _base_scheduler(config, directory, base_model, index) if family.prediction != "flow" else None
+        scheduler = student_scheduler(config, family, stock)
+        return _export_lora(directory, config, Path(output) if output is not None else directory, scheduler)
     if output is None:
         raise ValueError("format='skyreels-v2' writes a whole pipeline; say where with output.")
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{os.fspath(output)!r} exists already; choose another output, or delete it.")
-    family = find_family(_pipeline_class(config, directory, base_model))
+    family = find_family(_pipeline_index(config, directory, base_model)["_class_name"])
     if not config.causal:
         raise ValueError(
             "format='skyreels-v2' is for causal students, and this one is bidirectional: use format='lora'."
@@ -190,25 +200,49 @@ def load_adapters(pipe: DiffusionPipeline, adapters: dict[str, str | os.PathLike
     pipe.transformer.set_adapters(list(adapters))
 
 
-def student_scheduler(config: StudentConfig, family: Family) -> FewStepFlowScheduler:
+def student_scheduler(
+    config: StudentConfig, family: Family, scheduler: SchedulerMixin | None = None
+) -> FewStepFlowScheduler:
     """
     The student's scheduler.
 
+    Args:
+        config ([`StudentConfig`]): The student.
+        family (`Family`): Its row.
+        scheduler (`SchedulerMixin`, *optional*): The base model's own; its table is needed for VP families.
+
     Raises:
-        `ValueError`: The family's pipeline has no way to visit these timesteps.
+        `ValueError`: The family's pipeline cannot visit these timesteps.
     """
     if family.prediction != "flow":
-        reason = f"it predicts {family.prediction} on a VP schedule, and FewStepFlowScheduler is for flow matching"
-    elif family.grid == "linear_quadratic":
-        reason = "its pipeline computes the sigmas itself, and lets no scheduler choose others"
-    else:
-        return FewStepFlowScheduler(
-            denoising_steps=list(config.denoising_steps),
-            shift=config.shift,
+        assert scheduler is not None, family.name
+        schedule = NoiseSchedule(scheduler, family, (1, 1))
+        u = torch.tensor([float(step) for step in config.denoising_steps]) / 1000
+        timesteps = schedule.timestep(schedule.training_sigma(u, shift=config.shift)).round().int().tolist()
+        if len(set(timesteps)) < len(timesteps):
+            raise ValueError(
+                f"denoising_steps={config.denoising_steps} with shift={config.shift:g} meet in the whole timesteps {timesteps} "
+                f"of the {family.name} family's table: set steps that are further apart."
+            )
+        return FewStepVPScheduler(
+            alphas_cumprod=scheduler.alphas_cumprod.float().tolist(),
+            denoising_steps=timesteps,
+            prediction_type=family.prediction,
             sampler=config.sampler,
-            integer_timesteps=config.integer_timesteps,
+            integer_timesteps=schedule.integer_timesteps,
         )
-    raise ValueError(f"A few-step student of the {family.name} family does not run in its stock pipeline: {reason}.")
+    if family.grid == "linear_quadratic" and len(config.denoising_steps) == 1:
+        raise ValueError(
+            f"A one-step student of the {family.name} family does not run in its stock pipeline, which computes a grid of its "
+            "own first and divides by zero for one step: set two or more denoising_steps."
+        )
+    return FewStepFlowScheduler(
+        denoising_steps=list(config.denoising_steps),
+        shift=config.shift,
+        sampler=config.sampler,
+        integer_timesteps=config.integer_timesteps,
+        reversed_time=family.timestep == "clean",
+    )
 
 
 def student_directory(directory: str | os.PathLike) -> Path:
@@ -227,9 +261,8 @@ def student_directory(directory: str | os.PathLike) -> Path:
     return Path(snapshot_download(str(directory), allow_patterns=patterns))
 
 
-def _export_lora(directory: Path, config: StudentConfig, output: Path, family: Family) -> Path:
-    scheduler: SchedulerMixin = student_scheduler(config, family)
-    if _stock_scheduler_is_exact(config):
+def _export_lora(directory: Path, config: StudentConfig, output: Path, scheduler: SchedulerMixin) -> Path:
+    if _stock_scheduler_is_exact(config, scheduler):
         scheduler = FlowMapEulerDiscreteScheduler(shift=config.shift)
     _adapter_file(directory)
     output.mkdir(parents=True, exist_ok=True)
@@ -241,11 +274,12 @@ def _export_lora(directory: Path, config: StudentConfig, output: Path, family: F
     return output
 
 
-def _stock_scheduler_is_exact(config: StudentConfig) -> bool:
+def _stock_scheduler_is_exact(config: StudentConfig, scheduler: SchedulerMixin) -> bool:
     number = len(config.denoising_steps)
     uniform = [1000 * (number - i) / number for i in range(number)]
     on_grid = all(abs(step - u) < 1e-6 for step, u in zip(config.denoising_steps, uniform, strict=True))
-    return config.sampler == "ode" and on_grid and not config.integer_timesteps
+    special = isinstance(scheduler, FewStepVPScheduler) or scheduler.config.reversed_time or config.integer_timesteps
+    return config.sampler == "ode" and on_grid and not special
 
 
 def _copy_base_adapter(i: int, adapter: str, directory: Path, output: Path) -> str:
@@ -290,7 +324,7 @@ def _export_skyreels(directory: Path, config: StudentConfig, output: Path, pipe:
         transformer = SkyReelsV2Transformer3DModel(**fields | {"num_frame_per_block": config.frames_per_block})
     transformer.load_state_dict(base.state_dict(), strict=True, assign=True)
     parts = {name: getattr(pipe, name) for name in ("tokenizer", "text_encoder", "vae")}
-    scheduler = student_scheduler(config, find_family(type(pipe).__name__))
+    scheduler = student_scheduler(config, find_family(type(pipe).__name__), pipe.scheduler)
     exported = SkyReelsV2DiffusionForcingPipeline(**parts, transformer=transformer, scheduler=scheduler)
     factors = [(p.vae_scale_factor_temporal, p.vae_scale_factor_spatial) for p in (exported, pipe)]
     if factors[0] != factors[1]:  # it computes them for Wan 2.1's VAE, which has no patches
@@ -335,18 +369,31 @@ def _load_base(
     return pipe
 
 
-def _pipeline_class(
+def _pipeline_index(
     config: StudentConfig, directory: Path, base_model: str | os.PathLike | DiffusionPipeline | None
-) -> str:
+) -> dict[str, Any]:
+    """`model_index.json` of the base model."""
     if isinstance(base_model, DiffusionPipeline):
-        return type(base_model).__name__
+        return {"_class_name": type(base_model).__name__}
     source = _resolve(base_model or config.base_model, directory)
     try:
-        return DiffusionPipeline.load_config(source)["_class_name"]
+        return DiffusionPipeline.load_config(source)
     except OSError as error:
         raise ValueError(
             f"Cannot read the pipeline of base_model={os.fspath(source)!r}; pass base_model=... if it has moved."
         ) from error
+
+
+def _base_scheduler(
+    config: StudentConfig,
+    directory: Path,
+    base_model: str | os.PathLike | DiffusionPipeline | None,
+    index: dict[str, Any],
+) -> SchedulerMixin:
+    if isinstance(base_model, DiffusionPipeline):
+        return base_model.scheduler
+    kind = getattr(diffusers, index["scheduler"][1])
+    return kind.from_pretrained(_resolve(base_model or config.base_model, directory), subfolder="scheduler")
 
 
 def _load_student_adapters(pipe: DiffusionPipeline, config: StudentConfig, directory: Path) -> None:

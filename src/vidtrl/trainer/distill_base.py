@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import AutocastKwargs, gather_object
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from PIL import Image
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
@@ -21,15 +21,20 @@ from ..inference.distill_config import StudentConfig, write_distill_config
 from ..inference.export import save_scheduler, student_scheduler
 from ..models import Condition, VideoModel
 from ..models.causal import CausalAttention
-from ..rollout.few_step import few_step_rollout
 from .checkpoint import weights_fingerprint
 from .clip_data import ClipTrainer
 from .distill_card import student_usage
 from .distill_config import VideoDistillConfig
 from .distill_logging import RunningMeans
 from .distill_streams import Streams
-from .distill_teacher import Joined, Trajectories, condition_digest, load_teacher
-from .draws import randn
+from .distill_teacher import (
+    Joined,
+    Trajectories,
+    answer_fingerprint,
+    condition_digest,
+    load_teacher,
+    weights_elsewhere,
+)
 from .lora import load_adapter, save_adapter
 
 
@@ -175,12 +180,13 @@ class DistillBase(ClipTrainer):
         # a student is called at exact noise levels, of which a pipeline's solver may only know the rounded timesteps
         for each in {id(m): m for m in (model, self.teacher)}.values():
             each.schedule.integer_timesteps = each.schedule.is_vp and each.schedule.integer_timesteps
+        student_scheduler(self.student_config(), model.family, model.pipe.scheduler)  # refused now, not after training
         prepared = super().prepare_datasets(train_dataset, eval_dataset)
         self.sigmas = self.noise_levels(torch.tensor(args.denoising_steps) / 1000).tolist()
-        if self.teacher is not model:
-            self.teacher.offload_encoders()
         if args.loss_type == "ode_regression":
             self.trajectories = Trajectories(Path(args.output_dir, "_trajectories"), self._trajectory_settings())
+        if self.teacher is not model:
+            self.teacher.offload_encoders()
         self._set_scheduler()
         return prepared
 
@@ -285,8 +291,12 @@ class DistillBase(ClipTrainer):
         names = ("denoising_steps", "shift", "teacher_steps", "teacher_guidance_scale", "negative_prompt", "seed")
         settings = {name: getattr(args, name) for name in names}
         teacher = self.model_identity
-        if self.teacher is not self.video_model:
+        if self.teacher is not self.video_model and not weights_elsewhere(self.teacher):
             teacher = weights_fingerprint(next(iter(self.teacher.denoisers.values())))
+        elif self.teacher is not self.video_model:
+            row = {"prompt": "a red circle", "fps": args.fps, "image": Image.new("RGB", (args.width, args.height))}
+            size = args.height, args.width, args.num_frames
+            teacher = answer_fingerprint(self.teacher, self.condition(row, *size, model=self.teacher), args.device)
         return settings | {"teacher": teacher}
 
     # ---- Sampling and files: what users of the student will get ----
@@ -294,7 +304,9 @@ class DistillBase(ClipTrainer):
     def student_config(self, base_adapters: list[str] | None = None) -> StudentConfig:
         """How the student is sampled, as `distill_config.json` says it."""
         args, shift = self.args, self.args.shift
-        if shift == "auto":  # what it stands for
+        if shift == "auto" and self.video_model.schedule.is_vp:
+            shift = 1.0  # its timesteps are those of its table
+        elif shift == "auto":  # what it stands for
             middle = float(self.noise_levels(torch.tensor([0.5])))
             shift = round(middle / (1 - middle), 4)
         base = self.model_identity["name_or_path"]
@@ -311,12 +323,10 @@ class DistillBase(ClipTrainer):
         )
 
     def _set_scheduler(self) -> None:
-        """The pipeline visits the student's noise levels, where its class lets a scheduler decide."""
-        family = self.video_model.family
-        self.has_scheduler = family.prediction == "flow" and family.grid != "linear_quadratic"
-        if self.has_scheduler:
-            self.video_model.pipe.scheduler = student_scheduler(self.student_config(), family)
-            self.video_model.schedule.probe_steps = len(self.sigmas)  # the only number it knows
+        """The pipeline visits the student's noise levels."""
+        model = self.video_model
+        model.pipe.scheduler = student_scheduler(self.student_config(), model.family, model.pipe.scheduler)
+        model.schedule.probe_steps = len(self.args.denoising_steps)  # the only number it knows
 
     def generate_videos(
         self,
@@ -339,7 +349,7 @@ class DistillBase(ClipTrainer):
         Returns:
             `list[torch.Tensor]`: float32 tensors (F, C, H, W) in [0, 1] on the CPU.
         """
-        if self.has_scheduler and self.causal is None:
+        if self.causal is None:
             with self.video_model.guidance(1.0) as off:
                 overrides = {"num_inference_steps": len(self.sigmas), **off, **overrides}
                 return super().generate_videos(prompts, seeds, images, batch_size, **overrides)
@@ -348,12 +358,11 @@ class DistillBase(ClipTrainer):
                 f"{', '.join(overrides)} cannot be set: this student is not sampled by its stock pipeline"
             )
         videos, images = [], images or [None] * len(prompts)
-        sample = self._sample_at_once if self.causal is None else self._sample_causally
         with self.sampling() as pipe, self.accelerator.autocast():
             for start in range(0, len(prompts), batch_size):
                 part = slice(start, start + batch_size)
                 sources = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-                videos += [video.cpu() for video in sample(pipe, prompts[part], images[part], sources)]
+                videos += [video.cpu() for video in self._sample_causally(pipe, prompts[part], images[part], sources)]
         return videos
 
     def _sample_causally(self, pipe, prompts: list[str], images: list, sources: list) -> list[Tensor]:
@@ -366,19 +375,6 @@ class DistillBase(ClipTrainer):
         student = CausalVideoPipeline(pipe, **{name: getattr(config, name) for name in names})
         return student(prompts, height=height, width=width, num_frames=num_frames, generator=sources, **options)
 
-    def _sample_at_once(self, pipe, prompts: list[str], images: list, sources: list) -> list[Tensor]:
-        """Where the stock pipeline cannot be told the student's noise levels."""
-        model, device = self.video_model, self.args.device
-        height, width, num_frames = self.validation_shape()
-        rows = [{"prompt": p, "image": i, "fps": self.args.fps} for p, i in zip(prompts, images, strict=True)]
-        condition = Condition.cat([self.condition(row, height, width, num_frames) for row in rows]).to(device)
-
-        def draw(step: int = 0) -> Tensor:
-            return randn(condition.latent_shape, sources).to(device)
-
-        x = few_step_rollout(model, condition, draw(), self.sigmas, draw=draw, sampler=self.args.sampler)
-        return model.decode(x)
-
     def card_usage(self) -> str:
         args, model, (height, width, num_frames) = self.args, self.video_model, self.validation_shape()
         size = {"height": height, "width": width, model.family.frames_argument: num_frames}
@@ -387,8 +383,6 @@ class DistillBase(ClipTrainer):
         return student_usage(
             repo_id=self.hub_model_id or args.hub_model_id or os.path.abspath(args.output_dir),
             config=self.student_config(args.base_adapters),
-            sigmas=None if self.has_scheduler else self.sigmas,
-            adapter=isinstance(self._unwrapped(), PeftModel),
             image=model.family.image,
             size=size,
             fps=round(self.validation_fps()),
@@ -406,8 +400,7 @@ class DistillBase(ClipTrainer):
             below.append(source)
         config = self.student_config(below)
         write_distill_config(directory, **dataclasses.asdict(config))
-        if self.has_scheduler:
-            save_scheduler(student_scheduler(config, self.video_model.family), directory / "scheduler")
+        save_scheduler(self.video_model.pipe.scheduler, directory / "scheduler")
 
     def save_rank_state(self, directory: Path) -> None:
         if self.streams is not None:

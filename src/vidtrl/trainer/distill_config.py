@@ -1,6 +1,7 @@
 """Arguments of [`VideoDistillTrainer`]."""
 
 import difflib
+import os
 from dataclasses import dataclass, field
 
 from ..diffusion.distribution_matching import few_step_sigmas
@@ -60,7 +61,8 @@ class VideoDistillConfig(ClipConfig):
             Of the teacher's guidance.
         init_adapter (`str`, *optional*):
             Directory of an adapter from which the student starts, such as the one of a causal fine-tuning; it must have the
-            shape of `peft_config`. Unlike `base_adapters` it is no part of the teacher.
+            shape of `peft_config`. Unlike `base_adapters` it is no part of the teacher, and it is one adapter, which is
+            trained on.
 
         > Parameters that control distribution matching
 
@@ -201,6 +203,13 @@ class VideoDistillConfig(ClipConfig):
             if getattr(self, name) not in valid:
                 names = ", ".join(repr(v) for v in valid if v is not None)
                 raise ValueError(f"{name} must be one of {names}, not {getattr(self, name)!r}")
+        if self.init_adapter is not None and not isinstance(self.init_adapter, (str, os.PathLike)):
+            raise ValueError(
+                f"init_adapter is the one adapter that the student's own starts as, not {self.init_adapter!r}. Adapters of "
+                "earlier stages that stay under the student belong into base_adapters=[...] (the teacher has them, too); to "
+                "start from the sum of several, make them one first, with PEFT's add_weighted_adapter(names, weights, "
+                "new_name, combination_type='cat'), and save it"
+            )
         few_step_sigmas(self.denoising_steps)  # raises for a list that does not decrease
         if self.shift != "auto":
             try:

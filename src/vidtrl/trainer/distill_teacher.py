@@ -67,6 +67,34 @@ def load_teacher(
     return model
 
 
+def weights_elsewhere(model: VideoModel) -> bool:
+    """
+    Whether the denoiser's weights come only when they are needed, so that what is in their place now says nothing.
+
+    Both diffusers and accelerate keep the hook that brings them on the module.
+    """
+    modules = [m for denoiser in model.denoisers.values() for m in denoiser.modules()]
+    return any("_hf_hook" in vars(m) or "_diffusers_hook" in vars(m) for m in modules)
+
+
+@torch.no_grad()
+def answer_fingerprint(model: VideoModel, condition: Condition, device: torch.device) -> str:
+    """
+    Tell models apart by what they answer, for those whose weights cannot be read.
+
+    Args:
+        model ([`VideoModel`]): The model.
+        condition (`Condition`): Of one clip; the noise is always the same.
+        device (`torch.device`): Where it computes; what stands in for its weights may say another.
+
+    Returns:
+        `str`: A hash of the velocity at sigma = 1/2, rounded to bfloat16.
+    """
+    noise = torch.randn(1, *condition.latent_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    velocity = model.velocity(noise, 0.5, condition.to(device)).cpu().to(torch.bfloat16)
+    return hashlib.sha256(velocity.view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+
+
 class Joined(Dataset):
     """
     Items of a dataset, with the conditions of others of the same rows under further names.
