@@ -682,6 +682,25 @@ def test_family_trains(tmp_path, name):
     assert distance(trained_weights(trainer), start) > 1e-4
 
 
+@pytest.mark.parametrize("value, expected", [(None, 6.0), (2.5, 2.5)])
+def test_guidance_as_an_input_is_the_same_in_rollout_update_and_evaluation(tmp_path, value, expected):
+    config = dict(guidance_scale=1.0, embedded_guidance=value, max_steps=1, eval_num_inference_steps=1)
+    rows = dataset(1)
+    trainer = make_trainer(tmp_path, trainer={"eval_dataset": rows}, **family_setup("hunyuan", **config))
+    seen = []
+    trainer.model.get_base_model().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(set(kwargs["guidance"].tolist())), with_kwargs=True
+    )
+    trainer.train()
+    trainer.evaluate()
+    assert len(seen) > 5 and all(guidance == {expected * 1000} for guidance in seen)
+
+
+def test_a_model_without_guidance_as_an_input_takes_none(tmp_path):
+    with pytest.raises(ValueError, match="embedded_guidance is for models that take guidance as an input"):
+        make_trainer(tmp_path, embedded_guidance=6.0)
+
+
 def test_a_family_without_a_sigma_per_sample(tmp_path):
     """No stock family is like that, but its row could say so: a micro-batch is then cut by noise level."""
     weights = []

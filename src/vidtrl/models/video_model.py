@@ -40,6 +40,8 @@ class VideoModel:
         frame_multiple, frame_offset: valid frame counts are frame_offset + k * frame_multiple.
         pixel_multiple: height and width must be multiples of it.
         per_sample_sigma: whether `velocity` takes a different sigma per clip.
+        embedded_guidance: what a model that takes guidance as an input (HunyuanVideo) is told; 1.0, the value models are
+            trained with, until it is set.
 
     Raises:
         ValueError: the pipeline's class, scheduler or guider is not supported; the message has the reason.
@@ -61,6 +63,7 @@ class VideoModel:
         self.pipe, self.family = pipe, family
         self._source: dict[str, Any] | None = None
         self._offloaded: dict[str, nn.Module | None] = {}
+        self.embedded_guidance = 1.0
         self._guiders: dict[float, ClassifierFreeGuidance] = {}
         self._encoded: tuple[Any, list] = (None, [])  # the last image, and what the VAE said of it
         self.denoisers = {n: components[n] for n in ("transformer", "transformer_2") if components.get(n) is not None}
@@ -156,6 +159,12 @@ class VideoModel:
         return self
 
     @property
+    def embeds_guidance(self) -> bool:
+        """Whether the denoiser takes guidance as an input, beside classifier-free guidance of the pipeline."""
+        config = next(iter(self.denoisers.values())).config
+        return bool(config.get("guidance_embeds")) and self.family.guidance != "guidance_scale"
+
+    @property
     def device(self) -> torch.device:
         """Where the denoiser computes (an expert that is not in use may wait on the CPU)."""
         devices = [next(module.parameters()).device for module in self.denoisers.values()]
@@ -206,7 +215,7 @@ class VideoModel:
     ) -> Condition:
         """Everything the denoiser needs besides latents and timestep, prepared by the stock pipeline.
 
-        Guidance is off and embedded guidance is 1.0, the value models are trained with.
+        Guidance is off and embedded guidance is `embedded_guidance`.
 
         Args:
             prompt: one prompt or a list; None when `prompt_embeds` is passed.
@@ -311,10 +320,10 @@ class VideoModel:
     def guidance(self, scale: float = 1.0) -> Iterator[dict[str, float]]:
         """Set the pipeline's classifier-free guidance for the block; yields the pipeline arguments that belong to it.
 
-        Embedded (distilled) guidance is 1.0, the value models are trained with.
+        Embedded (distilled) guidance is `embedded_guidance`.
         """
         call = (
-            {"guidance_scale": 1.0}
+            {"guidance_scale": self.embedded_guidance}
             if "guidance_scale" in inspect.signature(type(self.pipe).__call__).parameters
             else {}
         )

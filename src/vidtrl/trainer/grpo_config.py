@@ -90,6 +90,9 @@ class VideoGRPOConfig(VideoTrainingConfig):
             Steps of the pipeline's own solver in evaluation.
         guidance_scale (`float`, by recipe):
             Classifier-free guidance, in rollout and update alike; 1 is none.
+        embedded_guidance (`float`, *optional*):
+            Of models that take guidance as an input (HunyuanVideo), which want `guidance_scale=1`: its value in rollout, update
+            and evaluation. `None` is the pipeline's default, so that what is trained is what is sampled.
         negative_prompt (`str`, *optional*, defaults to `""`):
             Of guidance.
         shuffle_dataset (`bool`, *optional*, defaults to `True`):
@@ -222,6 +225,9 @@ class VideoGRPOConfig(VideoTrainingConfig):
         default=50, metadata={"help": "Steps of the pipeline's own solver in evaluation."}
     )
     guidance_scale: float | None = _option("Classifier-free guidance in rollout and update; 1 is none.")
+    embedded_guidance: float | None = field(
+        default=None, metadata={"help": "Guidance of models that take it as an input. Default: the pipeline's own."}
+    )
     negative_prompt: str = field(default="", metadata={"help": "Negative prompt of guidance."})
     shuffle_dataset: bool = field(default=True, metadata={"help": "Draw prompts in random order."})
     rollout_batch_size: int | None = field(

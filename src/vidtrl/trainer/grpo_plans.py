@@ -1,5 +1,6 @@
 """From a configuration to the plan of one group: which steps are stochastic, and who shares what."""
 
+import inspect
 import random
 from collections.abc import Callable
 
@@ -8,7 +9,26 @@ from torch import Tensor
 
 from ..diffusion import step_schedules
 from ..diffusion.step_schedules import Plan
+from ..models import VideoModel
 from .grpo_config import VideoGRPOConfig
+
+
+def embedded_guidance(args: VideoGRPOConfig, model: VideoModel) -> float:
+    """
+    What a model that takes guidance as an input is told in rollout, update and evaluation: as asked, or the pipeline's default.
+
+    Raises:
+        `ValueError`: If it is asked for and the model takes none.
+    """
+    if model.embeds_guidance:
+        default = inspect.signature(type(model.pipe).__call__).parameters["guidance_scale"].default
+        return default if args.embedded_guidance is None else args.embedded_guidance
+    if args.embedded_guidance is not None:
+        raise ValueError(
+            f"embedded_guidance is for models that take guidance as an input (HunyuanVideo), and {type(model.pipe).__name__} "
+            "does not: leave it out, and set guidance_scale"
+        )
+    return 1.0
 
 
 def candidate_steps(args: VideoGRPOConfig, own_steps: list[int]) -> list[int]:

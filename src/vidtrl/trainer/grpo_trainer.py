@@ -56,7 +56,7 @@ from .ema import WeightAverage
 from .grpo_choices import choose_batch_guidance, choose_reuse
 from .grpo_config import VideoGRPOConfig
 from .grpo_logging import GenerationMetrics, log_completions, nanstd, video_advantages
-from .grpo_plans import check_schedule, credited, draw_plan
+from .grpo_plans import check_schedule, credited, draw_plan, embedded_guidance
 from .prompt_batches import GenerationSampler, PromptRows, as_given, prompts_with_images
 
 
@@ -226,6 +226,7 @@ class VideoGRPOTrainer(VideoTrainer):
                 "reuse_rollout keeps graphs across calls of both experts: set reuse_rollout=False, or train one expert "
                 "(experts='high' or 'low') and keep both on the device (offload_experts=False)"
             )
+        model.embedded_guidance = embedded_guidance(args, model)
         # of both experts, where the low-noise one has its own
         self.guidance_scale: float | dict[str, float] = args.guidance_scale
         if args.guidance_scale_2 is not None:
