@@ -13,9 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from vidtrl.inference import FewStepFlowScheduler, StudentConfig, export_student, load_student
+from vidtrl.inference import (
+    FewStepFlowScheduler,
+    FewStepVPScheduler,
+    StudentConfig,
+    export_student,
+    load_student,
+)
 from vidtrl.inference.export import student_scheduler
-from vidtrl.inference.scheduler import FewStepVPScheduler
 from vidtrl.models import VideoModel
 from vidtrl.rollout import few_step_rollout
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 _EXPORTS = {
     "CausalVideoPipeline": "causal_pipeline",
     "FewStepFlowScheduler": "scheduler",
+    "FewStepVPScheduler": "scheduler",
     "InferenceOptimization": "optimization",
     "StreamingDecoder": "streaming_vae",
     "StudentConfig": "distill_config",
@@ -34,5 +35,5 @@ if TYPE_CHECKING:
     from .distill_config import StudentConfig, read_distill_config, write_distill_config
     from .export import export_student, load_student
     from .optimization import InferenceOptimization
-    from .scheduler import FewStepFlowScheduler
+    from .scheduler import FewStepFlowScheduler, FewStepVPScheduler
     from .streaming_vae import StreamingDecoder
