@@ -478,7 +478,7 @@ def test_both_branches_of_a_teachers_guidance_encode_the_image_once(tmp_path):
     config = dict(call, teacher_guidance_scale=3.0, max_steps=1)
     make = dict(pipe=pipe, rows=prompts(images_of(4)))
     trainer = distill_setup.make_trainer(tmp_path / "run", tmp_path / "cache", **make, **config)
-    assert len(seen) == 4
+    assert len(seen) == 4 and trainer.validation_image(1).size == (32, 32)
     inputs = next(iter(trainer.get_train_dataloader()))
     positive, negative = inputs["condition"].samples[0], inputs["negative_condition"].samples[0]
     assert torch.equal(positive["fixed_latents"], negative["fixed_latents"])
