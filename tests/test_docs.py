@@ -17,6 +17,7 @@ PAGES = sorted(p for p in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")] if
 SMALL = {  # what a reader would change to run the same program on a laptop
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": toy.pipeline_path(),
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": "./wan-i2v",
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "./wan-a14b",
     "Qwen/Qwen2.5-0.5B-Instruct": enhancer_path(),
     "max_steps=200": "max_steps=2, use_cpu=True, bf16=False, report_to='none'",
     "height=480": "height=64",
@@ -41,6 +42,8 @@ def test_snippets_run(page, tmp_path, monkeypatch):
     tiny_pipelines.tiny_image(64).save(tmp_path / "first_frame.png")
     if "Wan-AI/Wan2.1-I2V" in page.read_text():
         tiny_pipelines.wan_i2v()[0].save_pretrained(tmp_path / "wan-i2v")
+    if "Wan-AI/Wan2.2-T2V-A14B" in page.read_text():
+        tiny_pipelines.wan22()[0].save_pretrained(tmp_path / "wan-a14b")
     names, ran = {"__name__": "snippet"}, 0
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         if ">>>" in block:
