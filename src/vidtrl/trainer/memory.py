@@ -154,7 +154,7 @@ def estimate(
     >>> size = dict(height=64, width=64, num_frames=17)
     >>> found = estimate("sft", size, toy.pipeline_path(), peft_config=LoraConfig(r=8))
     >>> found.peak_phase, found.parts["optimizer"] > 2 * found.parts["adapters"]
-    ('preparation', False)
+    ('training step', True)
     ```
     """
     if trainer not in CONFIGS:
