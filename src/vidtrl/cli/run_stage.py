@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import yaml
 
 from .launch import launch_command
@@ -136,12 +137,21 @@ def _follow(process: subprocess.Popen, log: Path, begin: int) -> None:
                 sys.stdout.flush()
             if ended:
                 deadline = deadline or time.monotonic() + GRACE
-                if not _signal(process.pid, 0):
+                if not _alive(process.pid):
                     return
                 if time.monotonic() > deadline:
                     _signal(process.pid, signal.SIGKILL)
                     return
             time.sleep(0.1)
+
+
+def _alive(group: int) -> bool:
+    """Whether anything in the process group still runs. What has ended may stay a zombie, in a container without an init."""
+    for one in psutil.process_iter(["status"]):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if one.info["status"] != psutil.STATUS_ZOMBIE and os.getpgid(one.pid) == group:
+                return True
+    return False
 
 
 def _signal(group: int, number: int) -> bool:
