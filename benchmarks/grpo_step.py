@@ -38,6 +38,8 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from vidtrl import VideoGRPOConfig, VideoGRPOTrainer
+from vidtrl.trainer import grpo_trainer
+from vidtrl.trainer.grpo_plans import draw_plan
 from vidtrl.trainer.grpo_recipes import RECIPES
 
 
@@ -93,19 +95,18 @@ class CountingTrainer(VideoGRPOTrainer):
         options = {"share_prefix": True, "reuse_rollout": False, "batch_guidance": False, "per_video": False}
         options |= ARMS[arm]
         self.per_video, self.steps, self.calls = options.pop("per_video"), steps, []
-        for name, value in options.items():
-            setattr(self.args, name, value)
+        self.args.share_prefix = options["share_prefix"]
+        self.reuse_rollout, self.batch_guidance = options["reuse_rollout"], options["batch_guidance"]
 
-    def plan(self, iteration, rng):
+    def draw_plan(self, args, grid, own_steps, iteration, rng):
         # the same plans for all arms: by the group's turn, not by the number of the generation
-        if self.phase == "update":
-            return super().plan(iteration, rng)
         own = FixedChoice(self.steps[len(self.planned)]) if self.steps else random.Random(len(self.planned))
-        self.planned.append(super().plan(0, own))
+        self.planned.append(draw_plan(args, grid, own_steps, 0, own))
         return self.planned[-1]
 
     def generate(self, inputs):
         self.phase, self.planned = "rollout", []
+        grpo_trainer.draw_plan = self.draw_plan
         generation = super().generate(inputs)
         self.phase = "update"
         guided = 1 if self.args.guidance_scale == 1.0 else 2
