@@ -219,7 +219,10 @@ def load_lora(
     if path is None:
         raise FileNotFoundError(f"there is no {weight_name or ADAPTER_FILE} in {source!r}")
     if loader == "denoiser":
-        denoiser.load_lora_adapter(path, prefix=PREFIX.removesuffix("."), adapter_name=adapter_name)
+        # without weight_name, diffusers 0.42 does not read the file's metadata here, and the adapter's scale is lost
+        folder, file_name = os.path.split(path)
+        prefix = PREFIX.removesuffix(".")
+        denoiser.load_lora_adapter(folder, weight_name=file_name, prefix=prefix, adapter_name=adapter_name)
         return
     with safe_open(path, framework="pt") as opened:
         config = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
