@@ -56,7 +56,7 @@ from .lora import (
     repeated_blocks,
     save_adapter,
 )
-from .sharding import prepare_fsdp, shard_on_cpu
+from .sharding import load_whole_weights, prepare_fsdp, shard_on_cpu, sharding_of, whole_weights
 
 
 logger = logging.get_logger(__name__)
@@ -218,6 +218,11 @@ class VideoTrainer(Trainer):
         self._last_log: tuple[float, int] | None = None
         self.roles: dict[str, WeightAverage] = {}  # further policies on the same base, saved with every checkpoint
         self.average = WeightAverage(self.model, args.ema_decay) if args.ema_decay is not None else None
+        if args.on_nan == "skip" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "on_nan='skip' does not work with sharded weights (FSDP, DeepSpeed): a process that leaves out a micro-batch would "
+                "leave the others waiting for its share. Set on_nan='raise'"
+            )
         if self.average is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError(
@@ -463,8 +468,17 @@ class VideoTrainer(Trainer):
                 raise ValueError(f"there is no checkpoint to resume from in {args.output_dir!r}")
         if resume_from_checkpoint:
             verify_checkpoint(resume_from_checkpoint, **self._identity())
-            if not any(Path(resume_from_checkpoint).glob("optimizer*")) and not self.is_deepspeed_enabled:
+            if not any(Path(resume_from_checkpoint).glob("optimizer*")) and not any(
+                Path(resume_from_checkpoint).glob("global_step*")
+            ):
                 raise ValueError(f"cannot resume from {resume_from_checkpoint}: it was written with save_only_model")
+            written, now = sharding_of(resume_from_checkpoint), "FSDP" if self.is_fsdp_enabled else None
+            now = "DeepSpeed" if self.is_deepspeed_enabled else now
+            if written != now:
+                raise ValueError(
+                    f"cannot resume from {resume_from_checkpoint}: its run sharded weights with {written or 'nothing'}, this run "
+                    f"with {now or 'nothing'}. Launch it with that kind of accelerate configuration"
+                )
         self._last_log = None
         # The Trainer would call a method that diffusers models do not have; `__init__` has switched it on already.
         checkpointing = args.gradient_checkpointing, args.activation_checkpointing
@@ -588,7 +602,13 @@ class VideoTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As [`~transformers.Trainer.save_model`]; after training, `output_dir` gets its model card as well."""
-        super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled:
+            # the Trainer's own gathers the frozen weights of an adapter's base as well
+            self._save(output_dir, state_dict=whole_weights(self.model, trained_only=self.has_adapter))
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        else:
+            super().save_model(output_dir, _internal_call)
         here = output_dir is None or os.path.abspath(output_dir) == os.path.abspath(self.args.output_dir)
         if here and not _internal_call and self.state.global_step > 0:
             self.create_model_card()
@@ -640,9 +660,11 @@ class VideoTrainer(Trainer):
                 model.load_state_dict(saved.state_dict())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # The Trainer's own knows only the file names of transformers and PEFT
+        # The Trainer's own knows only the file names of transformers and PEFT, and waits for ever for an adapter in shards
         if self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+            load_whole_weights(self.model, resume_from_checkpoint)
+            self.load_rank_state(Path(resume_from_checkpoint))
+            return
         self._load_weights(resume_from_checkpoint)
         if self.average is not None:
             raw = Path(resume_from_checkpoint, RAW_WEIGHTS)

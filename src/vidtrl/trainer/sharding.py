@@ -1,10 +1,14 @@
 """Sharded weights (FSDP2, DeepSpeed) of a diffusers denoiser: what accelerate and the Trainer do not know about one."""
 
 import os
+from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedType, FullyShardedDataParallelPlugin
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from .lora import repeated_blocks
 
@@ -64,3 +68,45 @@ def prepare_fsdp(accelerator: Accelerator, denoiser: nn.Module) -> None:
     plugin.mixed_precision_policy = None
     # a cache of casts would hold the whole model in every process
     accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
+
+
+def whole_weights(model: nn.Module, trained_only: bool) -> dict[str, Tensor]:
+    """
+    All of a sharded model's weights in every process; all processes must call it.
+
+    Args:
+        model (`nn.Module`): Sharded, or not yet.
+        trained_only (`bool`): Leave out what is frozen.
+
+    Returns:
+        `dict[str, torch.Tensor]`: On the CPU, by their names in `model.state_dict()`.
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if name in trained or not trained_only:
+            weights[name] = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+    return weights
+
+
+def load_whole_weights(model: nn.Module, checkpoint: str | os.PathLike) -> None:
+    """
+    Fill a sharded model from what the Trainer wrote in a checkpoint: what is trained.
+
+    With accelerate's own (1.15), the first process sends an adapter's weights and the others do not wait for them.
+
+    Args:
+        model (`nn.Module`): Sharded; all processes must call it.
+        checkpoint (`str` or `PathLike`): The directory.
+    """
+    weights = torch.load(Path(checkpoint, "pytorch_model_fsdp.bin"), weights_only=True, mmap=True)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained <= set(weights), sorted(trained - set(weights))
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+
+
+def sharding_of(checkpoint: str | os.PathLike) -> str | None:
+    """What the run that wrote a checkpoint sharded its weights with: `"FSDP"`, `"DeepSpeed"` or `None`."""
+    if Path(checkpoint, "optimizer.bin").is_file():
+        return "FSDP"
+    return "DeepSpeed" if any(Path(checkpoint).glob("global_step*")) else None
