@@ -130,7 +130,7 @@ def plot(runs: list[dict], path: Path) -> None:
 
 def best_of(one: dict, key: str) -> tuple[int, float]:
     """Where the run's kept weights are from, and their score."""
-    best = max(one["curve"], key=lambda point: point["held_out"])
+    best = max(one["curve"][1:], key=lambda point: point["held_out"])  # before training there is no checkpoint
     return best["step"], one["end"][key]
 
 
