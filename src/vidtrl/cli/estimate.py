@@ -135,10 +135,8 @@ def run(argv: Sequence[str]) -> int:
             mark = "" if own.memory is None else "fits" if other.total <= own.memory * GB else "too much"
             print(f"{other.total / GB:9.2f} GB in the phase {other.peak_phase!r:18} {mark:9} {change}")
         if found.peak_phase == "preparation":
-            print(
-                "The encoding of prompts and clips needs most. Weights of a frozen model can be loaded in bfloat16 "
-                "(--torch_dtype bfloat16)."
-            )
+            halves = "; --torch_dtype bfloat16 halves them" if found.setting["weights"] == "float32" else ""
+            print(f"Before training, all models are on the device at once to encode prompts and clips{halves}.")
     return 0 if fits else 1
 
 
