@@ -19,20 +19,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from datasets import Dataset
 from grpo_setup import Watching, brightness, history, make_trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from tiny_pipelines import wan_i2v
 
 from vidtrl.cli.errors import UserError
 from vidtrl.cli.grpo import resolve_reward
 from vidtrl.cli.main import main
 from vidtrl.cli.reward_server import load_reward
 from vidtrl.rewards import RemoteReward, RemoteRewardError, RewardError, RewardRunner, RewardServer, RewardUnavailable
+from vidtrl.rewards import connection as connection_module
 from vidtrl.rewards import remote as remote_module
-from vidtrl.rewards import server as server_module
 from vidtrl.rewards.wire import CONTENT_TYPE, ScoreRequest, check_reply, dequantize, pack, quantize, unpack
 
 
@@ -83,7 +87,7 @@ def quick(monkeypatch):
     """Short pauses, and no token from outside."""
     monkeypatch.setattr(remote_module, "FIRST_REST", 0.05)
     monkeypatch.setattr(remote_module, "LONGEST_REST", 1.0)
-    monkeypatch.setattr(server_module, "LINGER", 0.5)
+    monkeypatch.setattr(connection_module, "LINGER", 0.5)
     monkeypatch.delenv("VIDTRL_REWARD_TOKEN", raising=False)
 
 
@@ -251,6 +255,78 @@ def test_pixels_that_no_byte_can_hold_are_refused():
         assert quantize(video, "float32").equal(video) or bad != bad
 
 
+# ---- Images ----
+
+
+def picture(seed, mode="RGB", width=5, height=3):
+    """Noise: every bit of it would be missed."""
+    channels = {"L": (), "LA": (2,), "RGB": (3,), "RGBA": (4,)}[mode]
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, *channels), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_images_arrive_bit_for_bit_as_they_left():
+    seen = {}
+
+    def look(prompts, image, mask, style, **kwargs):
+        seen.update(zip(prompts, zip(image, mask, style, strict=True), strict=True))
+        return [None if i is None else float(np.asarray(i).astype(np.float64).mean()) for i in image]
+
+    images = [None, *(picture(i, mode, 4 + i) for i, mode in enumerate(("L", "LA", "RGB", "RGBA")))] + [None]
+    masks = [picture(7, "L", 1, 1), *[None] * 5]  # the second and third request have none
+    columns = {"image": images, "mask": masks, "style": list("abcdef")}
+    with RewardServer({"look": look}) as server:
+        scores = ask(RemoteReward(server.url, batch_size=2), **columns)
+        local = look(PROMPTS, **columns)
+        assert scores == local and scores[0] is None and scores[-1] is None
+        seen.clear()
+        ask(RemoteReward(server.url, batch_size=4), **columns)
+    for i, prompt in enumerate(PROMPTS):
+        for got, want in zip(seen[prompt], (images[i], masks[i], columns["style"][i]), strict=True):
+            if isinstance(want, Image.Image):
+                assert isinstance(got, Image.Image) and (got.mode, got.size) == (want.mode, want.size)
+                assert got.tobytes() == want.tobytes() != picture(i + 50, want.mode, *want.size).tobytes()
+            else:
+                assert got == want
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(["L", "LA", "RGB", "RGBA"]),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.lists(st.booleans(), min_size=2),
+)
+def test_images_survive_the_wire(mode, width, height, there):
+    n = len(there)
+    images = [picture(i, mode, width, height) if is_there else None for i, is_there in enumerate(there)]
+    request = ScoreRequest("a", None, ["p"] * n, [VIDEOS[0]] * n, {"a/0": images, "": images})
+    columns = unpack(pack(request)).columns
+    for name in ("a/0", ""):
+        assert [i and (i.mode, i.size, i.tobytes()) for i in columns[name]] == [
+            i and (i.mode, i.size, i.tobytes()) for i in images
+        ]
+
+
+def test_images_that_would_change_on_the_way_are_refused():
+    for mode in ("P", "1", "I;16", "F", "CMYK", "HSV"):
+        with pytest.raises(TypeError, match=rf"'image' holds an image of mode {mode}.*convert\('RGB'\).*columns="):
+            body_of(image=[Image.new(mode, (2, 2)), None])
+    with pytest.raises(TypeError, match="'image' holds images and 'a.png': images and None go together"):
+        body_of(image=[picture(0), "a.png"])
+    for name in ("prompts", "log_extra"):
+        with pytest.raises(ValueError, match=f"cannot be named '{name}'"):
+            unpack(body_of(**{name: [picture(0)] * 2}))
+
+
+def test_images_count_towards_the_size_of_a_request():
+    image = picture(0, "RGB", 640, 640)  # 1.2 MB
+    with RewardServer({"mean": mean}, max_body=2_000_000) as server:
+        with pytest.raises(RewardUnavailable, match="413.*lower batch_size"):
+            ask(RemoteReward(server.url, batch_size=2), PROMPTS[:2], VIDEOS[:2], image=[image] * 2)
+        assert len(ask(RemoteReward(server.url, batch_size=1), PROMPTS[:2], VIDEOS[:2], image=[image] * 2)) == 2
+
+
 # ---- Training ----
 
 
@@ -274,6 +350,38 @@ def test_a_run_with_a_remote_reward_equals_the_local_run(tmp_path):
     assert all(remote[1][name].equal(weight) for name, weight in local[1].items())
     assert not all(plain[1][name].equal(weight) for name, weight in local[1].items())  # control: rewards matter
     assert history(remote[2], "rewards/brightness/mean") == remote[0]
+
+
+def test_an_image_to_video_run_with_a_remote_reward_equals_the_local_run(tmp_path):
+    shown = []
+
+    def resembles(videos, image, **kwargs):
+        shown.extend(image)
+        wanted = [torch.from_numpy(np.array(i)).permute(2, 0, 1).double() / 255 for i in image]
+        return [-100 * (v.double() - w).abs().mean().item() for v, w in zip(videos, wanted, strict=True)]
+
+    def quantised(videos, **kwargs):
+        return resembles([dequantize(quantize(video)) for video in videos], **kwargs)
+
+    def run(name, reward, first=0):
+        pipe, call = wan_i2v()
+        call = {key: value for key, value in call.items() if key != "image"} | {"guidance_scale": 1.0}
+        rows = Dataset.from_list(
+            [{"prompt": f"prompt {i}", "image": picture(first + i, width=24, height=40)} for i in range(2)]
+        )
+        config = dict(num_inference_steps=2, num_generations=2, per_device_train_batch_size=4, max_steps=1)
+        return grpo(tmp_path / name, reward, pipe=pipe, rows=rows, **call | config)
+
+    local = run("local", quantised)
+    want = [image.tobytes() for image in shown]
+    shown.clear()
+    with RewardServer({"resembles": resembles}) as server:
+        remote = run("remote", [server.url])
+        assert sorted(image.tobytes() for image in shown) == sorted(want) and len(set(want)) == 2 and len(want) == 4
+        other = run("other", [server.url], first=50)
+    assert len(remote[0]) == 1 and remote[0] == local[0] != other[0]  # control: the images matter
+    assert all(remote[1][name].equal(weight) for name, weight in local[1].items())
+    assert not all(other[1][name].equal(weight) for name, weight in local[1].items())
 
 
 class Announcing(Watching):
@@ -438,7 +546,7 @@ def test_a_server_that_is_down_is_one_error_and_not_one_a_video():
 
 
 def test_a_full_queue_sends_requests_away_and_they_come_back(monkeypatch):
-    monkeypatch.setattr(server_module, "QUEUE_WAIT", 0.01)
+    monkeypatch.setattr(connection_module, "QUEUE_WAIT", 0.01)
     begun, go = threading.Event(), threading.Event()
 
     def held(videos, **kwargs):
@@ -658,9 +766,21 @@ class Trap:
 
 
 def with_head(tensors=None, **changes):
-    head = {"protocol": 1, "id": "a", "reward": None, "prompts": ["p"], "columns": {}, "trainer_state": None}
+    head = {
+        "protocol": 1,
+        "id": "a",
+        "reward": None,
+        "prompts": ["p"],
+        "columns": {},
+        "trainer_state": None,
+        "images": [],
+    }
     tensors = {"0": torch.zeros(1, 3, 2, 2, dtype=torch.uint8)} if tensors is None else tensors
     return safetensors.torch.save(tensors, {"request": json.dumps(head | changes)})
+
+
+def with_image(pixels, name="image/0", images=("image",)):
+    return with_head({"0": torch.zeros(1, 3, 2, 2, dtype=torch.uint8), name: pixels}, images=list(images))
 
 
 MALFORMED = {
@@ -688,6 +808,18 @@ MALFORMED = {
     "dtype": (with_head({"0": torch.zeros(1, 3, 2, 2, dtype=torch.int64)}), "not int64 of shape"),
     "shape": (with_head({"0": torch.zeros(3, 2, 2)}), r"must be a video .* not float32 of shape \(3, 2, 2\)"),
     "empty": (with_head({"0": torch.zeros(0, 3, 2, 2)}), "must be a video"),
+    "image names": (with_head(images="image"), "images must be a list of the names of columns"),
+    "image number": (with_head(images=[1]), "images must be a list of the names of columns"),
+    "images twice": (with_head(images=["image", "image"]), "a column must stand once"),
+    "image in both": (with_head(columns={"image": [None]}, images=["image"]), "a column must stand once"),
+    "image reserved": (with_head(images=["prompts"]), "cannot be named 'prompts'"),
+    "image unnamed": (with_image(torch.zeros(2, 2, 3, dtype=torch.uint8), images=[]), "and no other"),
+    "image beyond": (with_image(torch.zeros(2, 2, 3, dtype=torch.uint8), "image/1"), "and no other"),
+    "image dtype": (with_image(torch.zeros(2, 2, 3)), "must be an image .* not float32 of shape"),
+    "image shape": (with_image(torch.zeros(2, 2, dtype=torch.uint8)), r"must be an image .* of shape \(2, 2\)"),
+    "image channels": (with_image(torch.zeros(2, 2, 5, dtype=torch.uint8)), "must be an image"),
+    "image channels first": (with_image(torch.zeros(3, 2, 2, 1, dtype=torch.uint8)), "must be an image"),
+    "image empty": (with_image(torch.zeros(0, 2, 3, dtype=torch.uint8)), "must be an image"),
     "unknown reward": (with_head(reward="nope\nfake log line"), r"it has no 'nope\\n"),
 }  # fmt: skip
 
@@ -722,7 +854,7 @@ def test_malformed_bodies_are_refused_and_the_server_lives(tmp_path, monkeypatch
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_damaged_bodies_are_errors_of_value_or_the_same_shape(data):
-    body = bytearray(body_of(style=["a", "b"]))
+    body = bytearray(body_of(style=["a", "b"], image=[None, picture(0)]))
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(body) - 1))
         body[at] = data.draw(st.integers(0, 255))
@@ -732,6 +864,8 @@ def test_damaged_bodies_are_errors_of_value_or_the_same_shape(data):
         return
     assert len(request.videos) == len(request.prompts) == 2
     assert all(video.ndim == 4 and video.numel() for video in request.videos)
+    for image in request.columns.get("image", ()):
+        assert image is None or isinstance(image, Image.Image) and image.size[0] * image.size[1] > 0
 
 
 def test_oversized_bodies_are_refused_unread_and_the_client_sees_why():
@@ -744,7 +878,7 @@ def test_oversized_bodies_are_refused_unread_and_the_client_sees_why():
 
 
 def test_slow_senders_are_cut_off(monkeypatch):
-    monkeypatch.setattr(server_module, "HEADER_TIME", 0.3)
+    monkeypatch.setattr(connection_module, "HEADER_TIME", 0.3)
 
     def drip(head):
         with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as sock:

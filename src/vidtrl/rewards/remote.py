@@ -105,7 +105,8 @@ class RemoteReward:
             server's only one.
         name (`str`, *optional*): Under which the reward is logged here. Default: `reward`, or else `"remote"`.
         token (`str`, *optional*): The server's secret. Default: the environment variable `VIDTRL_REWARD_TOKEN`.
-        columns (`list[str]`, *optional*): Dataset columns that are sent. Default: all.
+        columns (`list[str]`, *optional*): Dataset columns that are sent. Default: all. They may hold what JSON holds, or PIL
+            images (L, LA, RGB or RGBA, `None` between them), which arrive as such and bit for bit.
         dtype (`str`, *optional*, defaults to `"uint8"`): Of the videos on their way: `"uint8"`, `"float16"` or
             `"float32"`. See [`~vidtrl.rewards.wire.quantize`].
         batch_size (`int`, *optional*, defaults to 4): Videos in one request.
@@ -283,7 +284,7 @@ class RemoteReward:
                 with self._lock:
                     replica.failures, replica.rests_until = 0, 0.0
                 return answer
-            if status in (400, 401, 403, 404, 405, 409, 411, 413, 415, 422):
+            if 300 <= status < 500 and status not in (408, 429):  # another try would not change it
                 raise self._refusal(replica, status, answer, start)
             last = f"{replica.url}: {problem}"
             if status in (429, 503):  # busy, not broken

@@ -1,9 +1,9 @@
 """What goes between [`RemoteReward`] and [`RewardServer`]: one safetensors file a request, JSON for the rest.
 
-The body of a request holds the videos as tensors "0", "1", ... of shape (F, C, H, W), and everything else as JSON in the
-file's metadata. Nothing of it can run code. Videos travel as uint8 by default, a quarter of float32; both sides turn
-pixels into bytes and back with the two functions here, so that a reward elsewhere equals a reward here on
-`dequantize(quantize(video))`.
+The body of a request holds the videos as tensors "0", "1", ... of shape (F, C, H, W), the PIL images of dataset columns as
+tensors "image/0", ... of shape (H, W, C), and everything else as JSON in the file's metadata. Nothing of it can run code.
+Images keep every bit. Videos travel as uint8 by default, a quarter of float32; both sides turn pixels into bytes and back
+with the two functions here, so that a reward elsewhere equals a reward here on `dequantize(quantize(video))`.
 """
 
 import json
@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
+from PIL import Image
 
 from .runner import RESERVED
 
@@ -22,6 +24,7 @@ PROTOCOL = 1
 PATH = "/v1/score"
 CONTENT_TYPE = "application/vnd.safetensors"  # no form of a web page can send it
 DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
+CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}  # of the images that are sent, by their mode
 STATE = ("global_step", "max_steps", "epoch", "num_train_epochs")  # of the trainer's state, what is sent
 MAX_METADATA = 1 << 26  # bytes
 
@@ -77,26 +80,34 @@ def pack(request: ScoreRequest, dtype: str = "uint8") -> bytes:
     The body of a request.
 
     Raises:
-        `ValueError` or `TypeError`: If pixels are outside [0, 1], or a column holds what JSON does not.
+        `ValueError` or `TypeError`: If pixels are outside [0, 1], or a column holds what is neither an image nor JSON.
     """
+    columns, images = {}, []
+    tensors = {str(i): quantize(video, dtype) for i, video in enumerate(request.videos)}
     for name, values in request.columns.items():
+        if any(isinstance(value, Image.Image) for value in values):
+            images.append(name)
+            tensors |= {f"{name}/{i}": _pixels(name, image) for i, image in enumerate(values) if image is not None}
+            continue
         try:
             json.dumps(values)
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"the dataset column {name!r} cannot be sent to a reward server ({error}): name the columns that the "
-                "reward needs in RemoteReward(columns=[...]), or turn it into numbers, strings or lists of them"
+                "reward needs in RemoteReward(columns=[...]), or turn it into PIL images, numbers, strings or lists of "
+                "numbers and strings"
             ) from error
+        columns[name] = values
     state = request.trainer_state
     head = {
         "protocol": PROTOCOL,
         "id": request.id,
         "reward": request.reward,
         "prompts": request.prompts,
-        "columns": request.columns,
+        "columns": columns,
+        "images": images,
         "trainer_state": None if state is None else {name: getattr(state, name, None) for name in STATE},
     }
-    tensors = {str(i): quantize(video, dtype) for i, video in enumerate(request.videos)}
     return safetensors.torch.save(tensors, {"request": json.dumps(head)})
 
 
@@ -114,7 +125,7 @@ def unpack(body: bytes) -> ScoreRequest:
             "vidtrl on both sides"
         )
     identity, reward, prompts = head.get("id"), head.get("reward"), head.get("prompts")
-    columns, state = head.get("columns"), head.get("trainer_state")
+    columns, images, state = head.get("columns"), head.get("images"), head.get("trainer_state")
     if not (isinstance(identity, str) and 0 < len(identity) <= 64 and identity.isascii() and identity.isalnum()):
         raise ValueError("id must have 1 to 64 ASCII letters and digits")
     if not (reward is None or isinstance(reward, str)):
@@ -125,7 +136,11 @@ def unpack(body: bytes) -> ScoreRequest:
         isinstance(v, list) and len(v) == len(prompts) for v in columns.values()
     ):
         raise ValueError(f"columns must be lists of {len(prompts)} values, one a prompt")
-    if taken := sorted(set(columns) & set(RESERVED)):
+    if not (isinstance(images, list) and all(isinstance(name, str) for name in images)):
+        raise ValueError("images must be a list of the names of columns")
+    if len({*columns, *images}) < len(columns) + len(images):
+        raise ValueError("a column must stand once, in columns or in images")
+    if taken := sorted({*columns, *images} & set(RESERVED)):
         raise ValueError(
             f"a column cannot be named {taken[0]!r}: every reward function receives an argument of that name"
         )
@@ -134,18 +149,46 @@ def unpack(body: bytes) -> ScoreRequest:
     try:
         tensors = safetensors.torch.load(body)
     except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise ValueError(f"the body is no safetensors file that this server reads: {str(error)[:200]}") from error
-    if set(tensors) != {str(i) for i in range(len(prompts))}:
-        raise ValueError(f"{len(prompts)} prompts need the tensors '0' to '{len(prompts) - 1}' and no other")
-    videos = [tensors[str(i)] for i in range(len(prompts))]
+        raise ValueError(f"the body is no safetensors file that this server reads: {str(error)[:200]!r}") from error
+    n, pixels = len(prompts), {f"{name}/{i}" for name in images for i in range(len(prompts))}
+    if set(tensors) - pixels != {str(i) for i in range(n)}:
+        raise ValueError(f"{n} prompts need the tensors '0' to '{n - 1}', those of their images and no other")
+    videos = [tensors[str(i)] for i in range(n)]
     for i, video in enumerate(videos):
         if video.dtype not in DTYPES.values() or video.ndim != 4 or video.numel() == 0:
             raise ValueError(
                 f"tensor '{i}' must be a video (frames, channels, height, width) of {', '.join(DTYPES)}, not "
                 f"{str(video.dtype).removeprefix('torch.')} of shape {tuple(video.shape)}"
             )
+    for name in images:
+        columns[name] = [_image(f"{name}/{i}", tensors.get(f"{name}/{i}")) for i in range(n)]
     state = None if state is None else SimpleNamespace(**{name: state.get(name) for name in STATE})
     return ScoreRequest(identity, reward, prompts, videos, columns, state)
+
+
+def _pixels(column: str, image: Any) -> torch.Tensor:
+    """An image of a column as it is sent: uint8 of shape (H, W, C)."""
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"the dataset column {column!r} holds images and {image!r:.50}: images and None go together")
+    if image.mode not in CHANNELS:
+        raise TypeError(
+            f"the dataset column {column!r} holds an image of mode {image.mode}, and {', '.join(CHANNELS)} are sent: "
+            f"convert it with image.convert('RGB'), or leave it out with RemoteReward(columns=[...])"
+        )
+    return torch.from_numpy(np.array(image)).view(image.height, image.width, CHANNELS[image.mode])
+
+
+def _image(name: str, pixels: torch.Tensor | None) -> Image.Image | None:
+    """The image of a tensor that anybody may have sent; `None` where there is none."""
+    if pixels is None:
+        return None
+    channels = CHANNELS.values()
+    if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[-1] not in channels or pixels.numel() == 0:
+        raise ValueError(
+            f"tensor {name[:100]!r} must be an image (height, width, 1 to 4 channels) of uint8, not "
+            f"{str(pixels.dtype).removeprefix('torch.')} of shape {tuple(pixels.shape)}"
+        )
+    return Image.fromarray(pixels.squeeze(-1).numpy() if pixels.shape[-1] == 1 else pixels.numpy())
 
 
 def _metadata(body: bytes) -> dict:
