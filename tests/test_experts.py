@@ -98,6 +98,9 @@ def test_a_step_moves_the_experts_that_had_samples_and_leaves_the_other_alone(cl
     trainer.add_callback(Snapshots())
     trainer.train()
     assert set(trainer.used) == {HIGH, LOW}  # or this run shows nothing
+    for used, logs in zip(trainer.used, trainer.state.log_history, strict=False):
+        assert logs[f"{used}/loss"] == pytest.approx(logs["loss"], rel=1e-5)
+        assert f"{LOW if used == HIGH else HIGH}/loss" not in logs
     for used, before, after in zip(trainer.used, seen[:-1], seen[1:], strict=True):
         idle = LOW if used == HIGH else HIGH
         assert digest(of(before, idle)) == digest(of(after, idle))  # no decay, no momentum

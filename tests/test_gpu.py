@@ -187,3 +187,31 @@ def test_compiled_blocks(tmp_path):
         pipeline(), args=args, train_dataset=Dataset.from_dict({"prompt": PROMPTS}), peft_config=lora()
     )
     assert train(trainer) > 0
+
+
+def test_one_of_two_experts_is_on_the_gpu(tmp_path):
+    """Swapped or not, two experts learn the same; swapped, the frozen weights of one are on the CPU."""
+    weights = []
+    for offload in (True, False):
+        pipe = pipeline()
+        pipe.register_modules(transformer_2=copy.deepcopy(pipe.transformer))
+        pipe.register_to_config(boundary_ratio=0.6)
+        rows = [{"prompt": prompt, "video": render(prompt, seed=i)} for i, prompt in enumerate(PROMPTS)]
+        clips = Dataset.from_list([{**row, "video": row["video"].numpy()} for row in rows])
+        config = common(
+            tmp_path / str(offload), per_device_train_batch_size=1, gradient_accumulation_steps=4, bf16=False,
+            fps=8, cache_dir=str(tmp_path / "cache"), offload_experts=offload,
+        )  # fmt: skip
+        trainer = VideoSFTTrainer(pipe, VideoSFTConfig(**config), clips, peft_config=lora())
+        trainer.train()
+        devices = {
+            name: {(p.requires_grad, p.device.type) for p in getattr(trainer.model, name).parameters()}
+            for name in ("transformer", "transformer_2")
+        }
+        frozen = sorted(device for each in devices.values() for grad, device in each if not grad)
+        assert frozen == (["cpu", "cuda"] if offload else ["cuda", "cuda"])
+        assert all((True, "cuda") in each for each in devices.values())
+        trainer.pipe(PROMPTS[0], **SIZE, num_inference_steps=4, max_sequence_length=16)  # both are called
+        weights.append({n: p.detach().cpu() for n, p in trainer.model.named_parameters() if p.requires_grad})
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)

@@ -146,7 +146,8 @@ class VideoSFTTrainer(ClipTrainer):
         self.strata = [s for s in STRATA if self.sigma_range[0] <= s < self.sigma_range[1]] or [
             sum(self.sigma_range) / 2
         ]
-        self._bins = torch.zeros(2, NUM_BINS, device=args.device)  # sum of errors and number of samples, by sigma
+        # sum of errors and number of samples: by sigma, then by expert
+        self._bins = torch.zeros(2, NUM_BINS + len(self.denoiser_names), device=args.device)
 
     @property
     def caption_dropout(self) -> float:
@@ -314,6 +315,10 @@ class VideoSFTTrainer(ClipTrainer):
         good = error.isfinite()
         self._bins[0].index_add_(0, index, torch.where(good, error, 0))
         self._bins[1].index_add_(0, index, good.float())
+        if len(self.denoiser_names) > 1:
+            expert = NUM_BINS + self.denoiser_names.index(self.video_model.expert(sigma[0].item()))
+            self._bins[0, expert] += torch.where(good, error, 0).sum()
+            self._bins[1, expert] += good.sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -322,6 +327,9 @@ class VideoSFTTrainer(ClipTrainer):
                 if count[i]:
                     low, high = i / NUM_BINS, (i + 1) / NUM_BINS
                     logs[f"loss_sigma_{low:.1f}-{high:.1f}"] = total[i] / count[i]
+            for i, name in enumerate(self.denoiser_names, NUM_BINS):
+                if count[i]:  # of two experts
+                    logs[f"{name}/loss"] = total[i] / count[i]
             self._bins.zero_()
         super().log(logs, start_time)
 
