@@ -29,7 +29,7 @@ PACE = {
     "prompt": 1.6,
     "distill": 0.42,
     "generate": 0.0062,
-    "speed": 14,
+    "speed": 25,
     "report": 0.03,
 }
 
