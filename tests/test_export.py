@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny_pipelines  # noqa: E402
+from hub_server import hub  # noqa: E402, F401
 from torch import nn  # noqa: E402
 
 from vidtrl.cli.main import main  # noqa: E402
@@ -301,6 +302,27 @@ def test_what_the_layout_cannot_hold_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no pytorch_lora_weights"):
         export_comfyui(tmp_path / "empty", tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_adapters_below_are_pointed_out(tmp_path, caplog):
+    pipe, _ = tiny_pipelines.wan()
+    adapter(pipe, tmp_path / "run")
+    below = tmp_path / "run" / "base_adapters" / "0" / "transformer.safetensors"
+    below.parent.mkdir(parents=True)
+    below.write_bytes((tmp_path / "run" / "pytorch_lora_weights.safetensors").read_bytes())
+    (top,) = export_comfyui(tmp_path / "run", tmp_path / "top.safetensors")
+    assert str(below) in caplog.text
+    (base,) = export_comfyui(below, tmp_path / "base.safetensors", family="wan")
+    assert set(load_file(top)) == set(load_file(base))
+
+
+def test_from_the_hub(hub, tmp_path):  # noqa: F811
+    pipe, _ = tiny_pipelines.wan()
+    adapter(pipe, tmp_path / "run")
+    hub.put("me/wan-sft", {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()})
+    (remote,) = export_comfyui("me/wan-sft", tmp_path / "remote")
+    (local,) = export_comfyui(tmp_path / "run", tmp_path / "local.safetensors")
+    assert remote == tmp_path / "remote" / "wan-sft.safetensors" and remote.read_bytes() == local.read_bytes()
 
 
 def test_every_row_belongs_to_a_family():

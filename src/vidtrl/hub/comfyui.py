@@ -20,11 +20,14 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import logging
 
 from ..models.families import FAMILIES, find_family
 from ..trainer.checkpoint import MANIFEST
 from ..trainer.lora import ADAPTER_FILE, EXPERT_FILES, PREFIX
 
+
+logger = logging.get_logger(__name__)
 
 COMFYUI_PREFIX = "diffusion_model."
 
@@ -180,6 +183,11 @@ def export_comfyui(
     """
     files, directory = _adapter_files(source)
     key_map = _key_map(family, directory)
+    if below := sorted(directory.glob("base_adapters/*/*.safetensors")):
+        logger.warning(
+            f"this adapter was trained upon {len(below)} of earlier stages: export them as well, with the family named "
+            f"({', '.join(map(str, below))}), and load all of them in ComfyUI"
+        )
     output = Path(output)
     if output.suffix != ".safetensors":
         output = output / f"{Path(os.fspath(source)).resolve().name.removesuffix('.safetensors')}.safetensors"
@@ -320,7 +328,9 @@ def _adapter_files(source: str | os.PathLike) -> tuple[list[Path], Path]:
         name = os.fspath(source)
         if isinstance(source, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise ValueError(f"there is nothing at {name!r} (and a Hub id looks like 'organisation/name')")
-        path = Path(snapshot_download(name, allow_patterns=["*.safetensors", MANIFEST], ignore_patterns="*/*"))
+        path = Path(
+            snapshot_download(name, allow_patterns=["*.safetensors", MANIFEST], ignore_patterns="*checkpoint*")
+        )
     files = [path / name for name in (ADAPTER_FILE, *EXPERT_FILES.values()) if (path / name).is_file()]
     if not files:
         raise ValueError(

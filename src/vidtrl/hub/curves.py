@@ -10,7 +10,7 @@ from ..report.charts import nice_ticks, tick_label
 
 
 WIDTH, HEIGHT, COLUMNS = 720, 420, 3  # pixels of a panel, twice what it is shown at; panels in a row
-LEFT, RIGHT, TOP, BOTTOM = 100, 24, 60, 60
+LEFT, RIGHT, TOP, BOTTOM = 100, 24, 60, 80
 INK, GRID, LINE = "#404040", "#e0e0e0", "#2563eb"
 MAX_POINTS = 1000
 
