@@ -168,7 +168,8 @@ def write_video_folder(kind: str, source: Any, folder: Path, chosen=lambda row: 
                 f"{', '.join(row)}"
             )
         for column in columns:
-            name = f"videos/{number:06d}{'' if column == 'video' else f'-{column}'}"
+            # the Hub takes no more than 10 000 files in a folder
+            name = f"videos/{number // 1000:03d}/{number:06d}{'' if column == 'video' else f'-{column}'}"
             written["file_name" if column == "video" else f"{column}_file_name"] = _place(
                 row[column], folder, name, number
             )
@@ -268,7 +269,7 @@ def dataset_card(kind: str, repo_id: str, rows: list[dict[str, Any]]) -> Dataset
         tags=["vidtrl", "video", kind],
         task_categories=["text-to-video"],
         size_categories=next((name for name, limit in sizes if number < limit), "1M<n<10M"),
-        configs=[{"config_name": "default", "data_files": ["metadata.jsonl", "videos/*"]}],
+        configs=[{"config_name": "default", "data_files": ["metadata.jsonl", "videos/*/*"]}],
     )
     columns = ["prompt", *KINDS[kind][0]]
     columns += [
