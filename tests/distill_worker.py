@@ -9,6 +9,8 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from accelerate.utils import gather_object
 from datasets import load_from_disk
 from distill_setup import dataset, make_trainer, other_size, weights
 from safetensors.torch import save_file
-from sft_setup import digest
+from sft_setup import digest, held
 from transformers import TrainerCallback
 
 
@@ -53,7 +55,12 @@ def _child(job, environment, log):
     trainers = []
     for name, config in job["cases"].items():
         faulthandler.dump_traceback_later(HANGS, exit=True)  # a process that hangs says where, and fails
-        trainers.append(train(job, name, **config))
+        try:
+            trainers.append(train(job, name, **config))
+        except Exception:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
     trainers[-1].end()
     os._exit(0)  # see sft_worker
 
@@ -80,6 +87,7 @@ def train(job, name, *, clips=False, evaluate=False, teacher=False, resume=None,
         save_file(trained, out / f"{name}.safetensors")
         result = {
             "num_processes": trainer.accelerator.num_processes,
+            "held": held(trainer),
             "digests": everywhere,
             "moved": {
                 role: max((w - untrained[n]).abs().max().item() for n, w in trained.items() if n.startswith(role))

@@ -8,13 +8,15 @@ import faulthandler
 import json
 import multiprocessing
 import os
+import sys
+import traceback
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from grpo_setup import PROMPTS, Watching, brightness, dataset, make_trainer
 from safetensors.torch import save_file
-from sft_setup import digest, trained_weights
+from sft_setup import digest, held, trained_weights
 
 
 HANGS = 120  # seconds a case
@@ -50,7 +52,12 @@ def _child(job, environment, log):
     trainers = []
     for name, config in job["cases"].items():
         faulthandler.dump_traceback_later(HANGS, exit=True)  # a process that hangs says where, and fails
-        trainers.append(train(Path(job["out"]), name, **config))
+        try:
+            trainers.append(train(Path(job["out"]), name, **config))
+        except Exception:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
     trainers[-1].end()
     os._exit(0)  # see sft_worker
 
@@ -82,6 +89,7 @@ def train(out: Path, name: str, *, rewards="brightness", evaluate=False, **confi
         save_file(weights, out / f"{name}.safetensors")
         result = {
             "num_processes": trainer.accelerator.num_processes,
+            "held": held(trainer),
             "digests": everywhere,
             "items": useful,
             "taught": taught,

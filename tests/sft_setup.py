@@ -7,6 +7,7 @@ from pathlib import Path
 
 from datasets import Dataset
 from peft import LoraConfig
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
@@ -70,6 +71,15 @@ def trained_weights(trainer) -> dict:
     """Whole weights, also of a sharded model: all processes must call it."""
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
+
+
+def held(trainer) -> float:
+    """The share of the model's weights that this process holds."""
+    if isinstance(trainer.model, FSDPModule):
+        trainer.model.reshard()  # what is outside the blocks stays whole after a forward
+    parameters = list(trainer.model.parameters())
+    mine = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    return sum(p.numel() for p in mine) / sum(p.numel() for p in parameters)
 
 
 def digest(weights: dict) -> str:

@@ -14,12 +14,13 @@ import os
 import resource
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import torch
 from datasets import load_from_disk
 from peft import LoraConfig
-from sft_setup import digest, make_args, trained_weights
+from sft_setup import digest, held, make_args, trained_weights
 from tiny_pipelines import ALL
 from transformers import TrainerCallback
 
@@ -72,7 +73,12 @@ def _child(job, environment, log):
     os.dup2(descriptor, 1), os.dup2(descriptor, 2)
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(HANGS, exit=True)  # a process that hangs says where, and fails
-    trainer = main(job)
+    try:
+        trainer = main(job)
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
     # Leave with the trainer alive: the destructor of a gloo process group waits, holding the interpreter's lock, for a
     # thread that may be waiting for this lock (torch 2.13)
     assert trainer is not None
@@ -87,7 +93,9 @@ def main(job):
         clips,
         clips.select(range(3)),
         # dropout draws from the process's own generator, which a checkpoint must restore
-        peft_config=LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0 if job.get("lora") == "no dropout" else 0.1),
+        peft_config=None
+        if job.get("lora") is False
+        else LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0 if job.get("lora") == "no dropout" else 0.1),
     )
     what, _, step = (job.get("kill") or "").partition("@")
     if what == "training":
@@ -104,6 +112,7 @@ def main(job):
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "eval_loss": trainer.evaluate()["eval_loss"],
         "num_processes": trainer.accelerator.num_processes,
+        "held": held(trainer),
     }
     if trainer.is_world_process_zero():
         Path(job["out"], "result.json").write_text(json.dumps(result))

@@ -56,7 +56,7 @@ from .lora import (
     repeated_blocks,
     save_adapter,
 )
-from .sharding import load_whole_weights, prepare_fsdp, shard_on_cpu, sharding_of, whole_weights
+from .sharding import EqualCalls, load_whole_weights, prepare_fsdp, shard_on_cpu, sharding_of, whole_weights
 
 
 logger = logging.get_logger(__name__)
@@ -199,6 +199,7 @@ class VideoTrainer(Trainer):
             # forward, of which they may need different numbers
             args.ddp_broadcast_buffers = False
 
+        self._equal_calls: EqualCalls | None = None  # of a sharded model
         super().__init__(
             trained,
             args,
@@ -253,7 +254,13 @@ class VideoTrainer(Trainer):
         # FSDP puts shards in the place of the weights, and roles would go on to switch those that are gone
         prepared = super()._prepare_for_training(*args, **kwargs)
         self.policies.refresh()
+        if self.is_fsdp_enabled and self._equal_calls is None:
+            self._equal_calls = EqualCalls(self.model, self.accelerator)
         return prepared
+
+    def equal_calls(self) -> contextlib.AbstractContextManager:
+        """Inside, processes may call a sharded model a different number of times; see [`EqualCalls`]."""
+        return contextlib.nullcontext() if self._equal_calls is None else self._equal_calls
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """As [`~transformers.Trainer.compute_loss_context_manager`]; accelerate gives a sharded model no autocast itself."""
@@ -358,7 +365,8 @@ class VideoTrainer(Trainer):
                 # the sharded root must be called itself; it forwards `.config`, `.dtype` and `.cache_context`
                 setattr(pipe, self.denoiser_name, self.model_wrapped)
             try:
-                yield pipe
+                with self.equal_calls():
+                    yield pipe
             finally:
                 if self.is_fsdp_enabled:
                     setattr(pipe, self.denoiser_name, denoiser)

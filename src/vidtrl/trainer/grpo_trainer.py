@@ -198,10 +198,21 @@ class VideoGRPOTrainer(VideoTrainer):
                 )
             self.roles["old"] = WeightAverage(self.model, decay=0.5)
         if args.beta > 0 and (args.sync_ref_model or not self.has_adapter):
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "beta > 0 keeps a copy of the weights as the reference here, which does not work with sharded weights (FSDP, "
+                    "DeepSpeed): train an adapter (peft_config) without sync_ref_model, or set beta=0"
+                )
             self.roles["reference"] = WeightAverage(self.model, decay=0.5)
             if args.sync_ref_model:
                 self.add_callback(SyncReferenceCallback(self.roles["reference"]))
         sharded, experts = self.is_fsdp_enabled or self.is_deepspeed_enabled, len(self.video_model.denoisers)
+        size = args.per_device_train_batch_size
+        if sharded and not self.video_model.per_sample_sigma and size > 1:
+            raise ValueError(
+                f"{type(self.video_model.pipe).__name__} takes one noise level a call, and with sharded weights (FSDP, DeepSpeed) "
+                "all processes need equally many calls: set per_device_train_batch_size=1 and raise gradient_accumulation_steps"
+            )
         self.reuse_rollout = choose_reuse(
             args,
             own_reference="reference" in self.roles,
@@ -400,7 +411,7 @@ class VideoGRPOTrainer(VideoTrainer):
         policy = self.roles["old"].swapped_in() if args.loss_type == "nft" else contextlib.nullcontext()
         if self.batch_guidance is None:
             self.batch_guidance = choose_batch_guidance(self, groups[0])
-        with policy:
+        with policy, self.equal_calls():
             for start in range(0, len(groups), batch_size):
                 began, part = time.perf_counter(), range(start, min(start + batch_size, len(groups)))
                 with self.accelerator.autocast(), torch.no_grad():

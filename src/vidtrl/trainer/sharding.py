@@ -70,6 +70,57 @@ def prepare_fsdp(accelerator: Accelerator, denoiser: nn.Module) -> None:
     accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
 
 
+class EqualCalls:
+    """
+    A context in which all processes call a sharded model equally often, however many calls each of them needs.
+
+    A forward of a sharded model waits for the shards of all processes. Before each one they count who still has something
+    to do; who has not repeats its last call, under `no_grad`, until all are done.
+
+    Args:
+        model (`nn.Module`): Sharded; what is called.
+        accelerator (`Accelerator`): That has prepared it.
+
+    Raises:
+        `RuntimeError`: If a process has not called the model a single time, in this context or an earlier one.
+    """
+
+    def __init__(self, model: nn.Module, accelerator: Accelerator):
+        self.model, self.accelerator = model, accelerator
+        self.last: tuple[tuple, dict] | None = None
+        self.handle = None
+        self.depth = 0
+
+    def _busy(self, mine: bool) -> int:
+        return int(self.accelerator.reduce(torch.tensor(int(mine), device=self.accelerator.device), reduction="sum"))
+
+    def _before(self, module, args, kwargs) -> None:
+        self._busy(True)
+        self.last = args, kwargs
+
+    def __enter__(self) -> None:
+        self.depth += 1
+        if self.depth == 1:
+            self.handle = self.model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
+
+    def __exit__(self, error, *_) -> None:
+        self.depth -= 1
+        if self.depth:
+            return
+        self.handle.remove()
+        if error is not None:  # the launcher ends the others
+            return
+        while self._busy(False):
+            if self.last is None:
+                raise RuntimeError(
+                    "a process has nothing to compute while others have, and their sharded model waits for it: use fewer "
+                    "processes, or larger batches"
+                )
+            args, kwargs = self.last
+            with torch.no_grad(), self.accelerator.autocast():
+                self.model(*args, **kwargs)
+
+
 def whole_weights(model: nn.Module, trained_only: bool) -> dict[str, Tensor]:
     """
     All of a sharded model's weights in every process; all processes must call it.
