@@ -458,8 +458,8 @@ def test_offload_and_restore_encoders(tmp_path, loaded):
     assert DiffusionPipeline.from_pretrained(tmp_path / "again").vae is not None
 
 
-def test_docs_list_every_family_and_every_refusal():
+def test_docs_list_every_family():
     text = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
-    for name in [*(f.name for f in FAMILIES), *(p for f in FAMILIES for p in f.pipelines), *UNSUPPORTED]:
-        assert f"`{name}`" in text, name
+    for name in [*(f.name for f in FAMILIES), *(p for f in FAMILIES for p in f.pipelines)]:
+        assert f"`{name}`" in text, name  # every refusal: test_model_table.py
     assert all(hasattr(diffusers, name) for name in UNSUPPORTED)
