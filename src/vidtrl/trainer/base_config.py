@@ -194,6 +194,13 @@ class VideoTrainingConfig(TrainingArguments):
     )
     validation_seed: int = field(default=0, metadata={"help": "Seed of the first validation video."})
 
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values, for files and trackers: a token is in none, that of `model_init_kwargs` included."""
+        fields = super().to_dict()
+        if isinstance(fields["model_init_kwargs"], dict) and "token" in fields["model_init_kwargs"]:
+            fields["model_init_kwargs"] = {**fields["model_init_kwargs"], "token": "<TOKEN>"}
+        return fields
+
     def __post_init__(self):
         for name in ("model_init_kwargs", "pipeline_kwargs"):
             value = getattr(self, name)
