@@ -190,6 +190,15 @@ def test_mistakes_are_refused(videos, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["cut.mp4"]  # nothing half-written
 
 
+def test_scores_that_are_not_finite_leave_the_page_whole(tmp_path):
+    clip = Clip("p", {"base": None}, scores={"base": {"a": math.nan, "b": -math.inf, "c": 0.5, "d": True}})
+    page = write_report(tmp_path / "r.html", title="t", summary="s", clips=[clip]).read_text()
+    data = unescape(re.search('data-scores="(.*?)"', page)[1])
+    strict = json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert strict == {"base": {"a": None, "b": None, "c": 0.5, "d": True}} and "nan" not in page
+    assert math.isnan(clip.scores["base"]["a"])  # what was passed is left as it was
+
+
 def test_verdict_follows_the_interval():
     def verdict(*interval, **kwargs):
         return Metric("m", {"a": Estimate(0, 0, 0)}, {"b": Estimate(*interval)}, **kwargs).verdict("b")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import distill_setup
 import grpo_setup
@@ -150,6 +151,20 @@ def test_broken_files_cost_a_warning_each(copy, capsys):
     assert "Not everything could be shown" in text and "24 completions, 4 validation videos" in text
 
 
+def test_a_page_names_no_folder_and_no_token_of_this_machine(copy):
+    arguments = json.loads((copy / "training_args.json").read_text())
+    kwargs = {"token": "hf_secret", "cache_dir": "/home/somebody/models", "revision": "main"}
+    arguments |= {"model_init_kwargs": kwargs, "base_adapters": ["/home/somebody/sft", "owner/adapter"]}
+    (copy / "training_args.json").write_text(json.dumps(arguments))
+    html = write_run_report(copy)[0].read_text()
+    assert "hf_secret" not in html and "/home/somebody" not in html
+    assert "owner/adapter" in html and ".../models" in html and ".../sft" in html and "revision" in html
+    (copy / "training_args.json").write_text("{")  # of the run, read from a folder in it
+    page, warnings = write_run_report(copy / "completions")
+    assert f"{copy}/training_args.json could not be read" in warnings[0]
+    assert "training_args.json could not be read" in page.read_text() and f"{copy.parent}/" not in page.read_text()
+
+
 def test_folders_without_a_run(grpo, tmp_path, capsys):
     for arguments, message in (
         ([str(tmp_path / "nowhere")], "is no folder: give the output directory of a trainer"),
@@ -210,6 +225,21 @@ def test_completions_of_a_language_model(tmp_path):
     assert warnings == [] and "Rewrite." in text and text.count(HOSTILE) == 2 and "no video" not in text
     assert "Enhanced (sample 1): a red disc" in text and "video_reward 1" in text and "advantage −0.7" in text
     assert "rendered_prompt a red disc" in text
+
+
+def test_a_completion_log_without_steps(tmp_path):
+    """The step is in the file's name, or it is 0."""
+    for name in ("00007", "merged"):
+        pq.write_table(pa.table({"prompt": ["p"], "completion": [name]}), tmp_path / f"completions_{name}.parquet")
+    assert [(row["step"], row["text"]) for row in read_run(tmp_path).completions] == [(0, "merged"), (7, "00007")]
+
+
+def test_many_steps_are_chosen_quickly():
+    began = time.perf_counter()
+    chosen = _evenly([1] * 20_000, 24)
+    assert time.perf_counter() - began < 1
+    assert len(chosen) == 24 and (chosen[0], chosen[-1]) == (0, 19_999)
+    assert {b - a for a, b in zip(chosen, chosen[1:], strict=False)} <= {869, 870}
 
 
 def test_steps_are_left_out_evenly(grpo, tmp_path):

@@ -21,8 +21,14 @@ def training_charts(log: Sequence[Mapping], prefix: str = "") -> list[Chart]:
         `list[Chart]`: Without those whose values are missing.
     """
     keys = dict.fromkeys(key for entry in log for key in entry)
-    rewards = [k.split("/")[1] for k in keys if k.startswith("rewards/") and k.endswith("/mean")]
-    watched = [k.split("/")[1] for k in keys if k.startswith("eval_rewards/") and k.endswith("/mean")]
+    rewards, watched = (
+        [
+            key.removeprefix(start).removesuffix("/mean")
+            for key in keys
+            if key.startswith(start) and key.endswith("/mean")
+        ]
+        for start in ("rewards/", "eval_rewards/")
+    )
     networks = {k.removeprefix("loss/"): k for k in keys if k.startswith("loss/")}
     step, reward = "optimizer step", "mean reward"
     specs = [

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import math
 import os
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -341,6 +342,8 @@ def _card(clip: Clip, page: Path, embed: bool) -> dict:
     scores = {name: dict(values) for name, values in clip.scores.items()}
     for name, right in clip.right.items():
         scores[name] = {"right": bool(right)} | scores.get(name, {})
+    for values in scores.values():  # the page's script reads JSON, which knows neither NaN nor infinity
+        values |= {k: None for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
     return {
         "prompt": clip.prompt,
         "step": clip.step,

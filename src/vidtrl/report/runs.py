@@ -118,17 +118,25 @@ def _settings(arguments: dict) -> dict:
     """Arguments that say something, without tokens, and of this machine's paths the last part alone."""
     shown = {}
     for name, value in arguments.items():
-        if value in NO_SETTING or name.endswith("_token"):
+        if value in NO_SETTING or name.endswith("token"):
             continue
-        if isinstance(value, str) and os.path.isabs(value):
-            value = f".../{os.path.basename(value)}"
-        shown[name] = json.dumps(value) if isinstance(value, (dict, list)) else value
+        if isinstance(value, dict):
+            value = _settings(value)
+        elif isinstance(value, list):
+            value = [_named(one) for one in value]
+        shown[name] = json.dumps(value) if isinstance(value, (dict, list)) else _named(value)
     return shown
+
+
+def _named(value: object) -> object:
+    if isinstance(value, str) and os.path.isabs(value):
+        return f".../{os.path.basename(value.rstrip(os.sep))}"
+    return value
 
 
 def _evenly(sizes: Sequence[int], limit: int) -> list[int]:
     """Indices of as many entries as the limit holds: the first, the last, and an even choice between."""
-    for count in range(len(sizes), 1, -1):
+    for count in range(min(len(sizes), limit), 1, -1):
         chosen = sorted({round(i * (len(sizes) - 1) / (count - 1)) for i in range(count)})
         if sum(sizes[i] for i in chosen) <= limit:
             return chosen
@@ -154,8 +162,8 @@ def _read_completions(run: Run, folder: Path, max_videos: int) -> None:
             run.warnings.append(f"{path} has columns {', '.join(names)}: no completion log of a trainer")
             continue
         for row in rows:
-            step = row.get("step")
-            row["step"] = step if isinstance(step, int) else int(re.findall("[0-9]+", path.stem)[-1])
+            step, number = row.get("step"), re.search("[0-9]+$", path.stem)
+            row["step"] = step if isinstance(step, int) else int(number[0]) if number else 0
             steps.setdefault(row["step"], []).append(row | {"_columns": names})
     order = sorted(steps)
     chosen = {order[i] for i in _evenly([len(steps[step]) for step in order], max_videos)}
@@ -316,7 +324,7 @@ def write_run_report(
     >>> page, warnings = write_run_report("wan-grpo")
     ```
     """
-    run = read_run(folder, max_videos)
+    run, folder = read_run(folder, max_videos), Path(os.path.abspath(folder))
     stages, metrics = _rewards(run)
     last = max((e["step"] for e in run.log if isinstance(e.get("step"), int)), default=None)
     counts = [(len(run.completions), "completions"), (len(run.validation), "validation videos")]
@@ -327,7 +335,9 @@ def write_run_report(
         title=f"Run {run.name}",
         summary=f"{', '.join(parts) or 'Nothing logged yet'}.",
         # a page is made to be shared: it names no folder of this machine
-        warnings=[text.replace(f"{Path(os.path.abspath(folder))}{os.sep}", "") for text in run.warnings],
+        warnings=[
+            text.replace(f"{folder}{os.sep}", "").replace(f"{folder.parent}{os.sep}", "") for text in run.warnings
+        ],
         stages=stages if metrics else (),
         metrics=metrics,
         row_heading="Step",
