@@ -341,6 +341,7 @@ def test_command(tmp_path, capsys):
         ([str(tmp_path / "run"), str(out), "--format", "comfyui", "--base_model", "x"], "--family"),
         ([str(tmp_path / "run"), str(out), "--format", "lora", "--family", "wan"], "for --format comfyui"),
         ([str(tmp_path / "run"), str(out)], "--format"),
+        ([str(tmp_path / "run"), str(out), "--format", "comfyui", "--dtype", "float16"], "for --format skyreels-v2"),
         ([str(tmp_path / "run"), str(out), "--format", "skyreels-v2", "--dtype", "half-full"], "bfloat16"),
     ):
         assert main(["export", *argv]) == 2

@@ -187,12 +187,16 @@ def test_enhancers_and_pipelines_go_up_whole(hub, tmp_path):  # noqa: F811
         assert set(files) == {*names, "README.md"} and f'"me/{kind}"' in files["README.md"].decode()
 
 
-def test_nothing_to_push(hub, tmp_path):  # noqa: F811
+def test_nothing_to_push(hub, tmp_path, capfd):  # noqa: F811
     with pytest.raises(ValueError, match="no directory"):
         push_to_hub(tmp_path / "nowhere", "me/x")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no trained model.*pytorch_lora_weights"):
         push_to_hub(tmp_path / "empty", "me/x")
+    (tmp_path / "empty" / "metadata.jsonl").write_text("{half")
+    assert main(["push", str(tmp_path / "empty"), "me/x"]) == 2
+    error = capfd.readouterr().err
+    assert "is no JSON" in error and "--kind" in error and error.count("\n") == 1
 
 
 # ---- Whose it is ----

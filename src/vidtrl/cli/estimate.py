@@ -103,6 +103,8 @@ def run(argv: Sequence[str]) -> int:
     trainer = own.trainer or find_trainer(set(given), str(given.get("recipe") or _value(rest, "recipe") or ""))
     strategy, number = _devices(rest, given)
 
+    from transformers.hf_argparser import string_to_bool
+
     from ..trainer.memory import GB, alternatives, estimate
     from .sft import model_init_kwargs, require
 
@@ -111,9 +113,10 @@ def run(argv: Sequence[str]) -> int:
     script_args, args, lora, quantization = parsed[:4]
     require(script_args, "model_name_or_path")
     args.model_init_kwargs = model_init_kwargs(script_args, args)
-    if not {"bf16", "fp16", "use_cpu"} & set(given):
+    on_cpu = string_to_bool(_value(rest, "use_cpu") or given.get("use_cpu") or False)
+    if not {"bf16", "fp16"} & set(given) and not on_cpu:
         args.bf16 = True
-    args.use_cpu = "use_cpu" in given
+    args.use_cpu = on_cpu
     options = dict(
         peft_config=lora.peft_config(),
         teacher_model=getattr(script_args, "teacher_model_name_or_path", None),
@@ -142,7 +145,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _value(argv: Sequence[str], name: str) -> str | None:
     peek = Parser(add_help=False)
-    peek.add_argument(f"--{name}")
+    peek.add_argument(f"--{name}", nargs="?", const="true")
     return getattr(peek.parse_known_args(list(argv))[0], name)
 
 

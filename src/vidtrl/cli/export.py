@@ -28,15 +28,15 @@ def make_parser() -> Parser:
         "(default: keys, unless diffusers' loader of the family refuses them)",
     )
     parser.add_argument("--base_model", help="students: the base model, if it has moved (a directory or a Hub id)")
-    parser.add_argument(
-        "--dtype", default="bfloat16", help="skyreels-v2: of the merged weights (default: %(default)s)"
-    )
+    parser.add_argument("--dtype", help="skyreels-v2: of the merged weights (default: bfloat16)")
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
     """Write the files and print their names."""
     args = make_parser().parse_args(argv)
+    if args.dtype is not None and args.format != "skyreels-v2":
+        raise UserError("--dtype is for --format skyreels-v2: the others keep the dtype that was saved")
     if args.format == "comfyui":
         if args.base_model is not None:
             raise UserError("--base_model is for students; --format comfyui takes --family")
@@ -53,7 +53,7 @@ def run(argv: Sequence[str]) -> int:
 
     from ..inference import export_student
 
-    dtype = getattr(torch, args.dtype, None)
+    dtype = getattr(torch, args.dtype or "bfloat16", None)
     if not isinstance(dtype, torch.dtype):
         raise UserError(f"--dtype is a type of torch such as bfloat16 or float32, not {args.dtype!r}")
     options = {"torch_dtype": dtype} if args.format == "skyreels-v2" else {}

@@ -60,7 +60,12 @@ def _kind(directory: Path) -> str:
     if not path.is_file():
         return "model"
     with open(path, encoding="utf-8") as file:
-        row = json.loads(file.readline() or "{}")
+        try:
+            row = json.loads(file.readline() or "{}")
+        except ValueError as error:
+            raise UserError(
+                f"the first line of {str(path)!r} is no JSON ({error}): write it again, or give --kind"
+            ) from error
     if "chosen_file_name" in row:
         return "preferences"
     return "rollouts" if "advantage" in row else "sft"
