@@ -941,6 +941,26 @@ def test_what_is_no_answer_is_never_taken_for_rewards():
         server.shutdown()
 
 
+def test_a_redirect_is_refused_at_once_and_not_followed():
+    asked = []
+
+    class Elsewhere(Liar):
+        def do_POST(self):
+            asked.append(self.headers["Authorization"])
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(302)
+            self.send_header("Location", self.path)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        with pytest.raises(RewardUnavailable, match="refused the request \\(HTTP 302"):
+            ask(RemoteReward(f"http://127.0.0.1:{server.server_port}", token=TOKEN, batch_size=6))
+        server.shutdown()
+    assert len(asked) == 1
+
+
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command to make a certificate")
 def test_https(tmp_path, monkeypatch):
     key, cert = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")

@@ -129,7 +129,7 @@ class RewardServer(http.server.ThreadingHTTPServer):
         self.is_local = ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
         if not self.is_local and token is None:
             raise ValueError(
-                f"{host!r} can be reached from other machines: give a token (VIDTRL_REWARD_TOKEN or --token-file), or "
+                f"{host!r} can be reached from other machines: give a token (VIDTRL_REWARD_TOKEN or --token_file), or "
                 "listen on 127.0.0.1 and forward the port over SSH"
             )
         self.rewards, self.max_body, self.batch_size = dict(rewards), max_body, batch_size
