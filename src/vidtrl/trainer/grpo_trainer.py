@@ -23,7 +23,6 @@ import random
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -46,7 +45,7 @@ from ..diffusion.transitions import Transition, timestep_weight, transition
 from ..models import Condition
 from ..rewards import RewardRunner
 from ..rewards.runner import RewardHandle
-from ..rollout.branching import Decision, rollout
+from ..rollout.branching import rollout
 from ..rollout.sampling import guided_velocity
 from .base_trainer import VideoTrainer
 from .callbacks import SyncReferenceCallback
@@ -55,6 +54,7 @@ from .draws import draw_seed
 from .ema import WeightAverage
 from .grpo_choices import choose_batch_guidance, choose_reuse
 from .grpo_config import VideoGRPOConfig
+from .grpo_items import Item, micro_batches, share_out
 from .grpo_logging import GenerationMetrics, log_completions, nanstd, video_advantages
 from .grpo_plans import check_schedule, credited, draw_plan, embedded_guidance
 from .prompt_batches import GenerationSampler, PromptRows, as_given, prompts_with_images
@@ -65,32 +65,6 @@ logger = logging.get_logger(__name__)
 MAX_CACHED_CONDITIONS = 1024  # prompts whose encoded text is kept on the CPU
 CHOICES = "grpo_choices.json"  # in checkpoints: what was chosen where the configuration left it open
 MEAN_ONE = ("tgr", "tempflow")  # weightings that are normalised to mean 1 over the global batch
-
-
-@dataclass
-class Item:
-    """What one row of a micro-batch trains on: a decision, or (NFT, AWM) a video at one noise level."""
-
-    group: int
-    advantages: Tensor  # (M,) of the decision's children, or (1,)
-    weight: Tensor  # (M,) in the loss; all of an optimizer step sum to 1 over all processes
-    kl_weight: Tensor
-    decision: Decision | None = None
-    x0: Tensor | None = None  # (C, f, h, w)
-    noise: Tensor | None = None
-    sigma: float = 0.0
-    v_old: Tensor | None = None
-    old_log_prob: Tensor | None = None
-
-    @property
-    def step(self) -> int | None:
-        """Index of the sampling step."""
-        return None if self.decision is None else self.decision.step
-
-    @property
-    def noise_level(self) -> float:
-        """The sigma at which it is trained."""
-        return self.sigma if self.decision is None else self.decision.sigma
 
 
 class VideoGRPOTrainer(VideoTrainer):
@@ -633,54 +607,12 @@ class VideoGRPOTrainer(VideoTrainer):
         return items
 
     def _slices(self, items: list[Item]) -> list[list[list[Item]]]:
-        """
-        Cut a generation into micro-steps and micro-batches, equally many on all processes, and set the loss weights.
-
-        Items whose advantages are all zero are left out; a process that runs out of items repeats one with weight 0.
-        """
-        args = self.args
-
-        def count(item: Item) -> int:  # the children that teach something
-            return int(((item.weight > 0) & ((item.advantages != 0) | (args.beta > 0))).sum())
-
-        useful = [item for item in items if count(item)]
-        number = args.steps_per_generation
-        if number > args.gradient_accumulation_steps:
-            useful.sort(key=lambda item: item.group)  # several updates share out the videos, not their steps
-        bounds = [round(i * len(useful) / number) for i in range(number + 1)]
-        slices = [useful[low:high] for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
-        size = 10**9 if self.reuse_rollout else args.per_device_train_batch_size
-        batches = [self._batches(part, size) for part in slices]
-
-        per_update = args.gradient_accumulation_steps
-        counts = torch.zeros(2, number, dtype=torch.float64)
-        for i, part in enumerate(slices):
-            counts[0, i - i % per_update] += sum(map(count, part))
-            counts[1, i] = len(batches[i])
-        everywhere = self.accelerator.gather(counts[None].to(args.device)).cpu()  # (processes, 2, number)
-        children, longest = everywhere[:, 0].sum(0), everywhere[:, 1].amax(0).long().tolist()
-        for end in range(per_update - 1, number, per_update):
-            # processes exchange gradients with the last slice of an update: it must not be empty if others are not
-            if any(longest[end + 1 - per_update : end]):
-                longest[end] = max(1, longest[end])
-        for i, part in enumerate(slices):
-            share = max(1.0, float(children[i - i % per_update]))
-            for item in part:
-                # gradients are averaged over processes, and the loss of a step is the mean over all its children
-                item.weight = item.weight * args.world_size / share
-                item.kl_weight = item.kl_weight * args.world_size / share
-        nothing = items[0].weight * 0
-        idle = [[Item(items[0].group, items[0].advantages, nothing, nothing, **_content(items[0]))]]
-        return [part + idle * (longest[i] - len(part)) for i, part in enumerate(batches)]
+        """Micro-steps of micro-batches, equally many on all processes, with weights that make their loss a mean."""
+        size = 10**9 if self.reuse_rollout else self.args.per_device_train_batch_size
+        return share_out(items, self.args, self.accelerator, lambda part: self._batches(part, size))
 
     def _batches(self, items: list[Item], size: int) -> list[list[Item]]:
-        """Micro-batches of at most so many items, each of one expert."""
-        return [
-            mine[i : i + size]
-            for expert in self.denoiser_names
-            for mine in [[item for item in items if self.video_model.expert(item.noise_level) == expert]]
-            for i in range(0, len(mine), size)
-        ]
+        return micro_batches(items, size, self.video_model.expert, self.denoiser_names)
 
     # ---- Loss ----
 
@@ -913,7 +845,3 @@ class VideoGRPOTrainer(VideoTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
-
-
-def _content(item: Item) -> dict:
-    return {n: getattr(item, n) for n in ("decision", "x0", "noise", "sigma", "v_old", "old_log_prob")}
