@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -52,6 +52,7 @@ from .callbacks import SyncReferenceCallback
 from .completions import CompletionLog
 from .draws import draw_seed
 from .ema import WeightAverage
+from .grpo_checks import check_arguments, check_guidance, check_on_policy, check_sharded
 from .grpo_choices import choose_batch_guidance, choose_reuse
 from .grpo_config import VideoGRPOConfig
 from .grpo_items import Item, micro_batches, share_out
@@ -137,12 +138,7 @@ class VideoGRPOTrainer(VideoTrainer):
         if args is None:
             name = type(model).__name__ if isinstance(model, DiffusionPipeline) else os.fspath(model)
             args = VideoGRPOConfig(f"{name.rstrip('/').split('/')[-1]}-GRPO")
-        if not isinstance(args, VideoGRPOConfig):
-            raise TypeError(f"args must be a VideoGRPOConfig, not {type(args).__name__}")
-        if train_dataset is None:
-            raise ValueError("train_dataset is required: a datasets.Dataset with the column prompt")
-        if isinstance(peft_config, LoraConfig) and peft_config.lora_dropout:
-            raise ValueError("lora_dropout must be 0: rollout and update have to see the same policy")
+        check_arguments(args, train_dataset, peft_config)
         runner = {"timeout": args.reward_timeout, "on_error": args.reward_error}
         self.rewards = RewardRunner(reward_funcs, weights=args.reward_weights, **runner)
         trained = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
@@ -164,33 +160,21 @@ class VideoGRPOTrainer(VideoTrainer):
             peft_config=peft_config,
             data_collator=as_given,
         )
+        own_reference = args.beta > 0 and (args.sync_ref_model or not self.has_adapter)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded:
+            check_sharded(args, self.video_model, own_reference)
         # roles on the one base: a set of trainable weights each, saved with every checkpoint
         if args.loss_type in ("nft", "awm"):
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError(
-                    f"loss_type={args.loss_type!r} keeps an old policy, which does not work with sharded weights"
-                )
             self.roles["old"] = WeightAverage(self.model, decay=0.5)
-        if args.beta > 0 and (args.sync_ref_model or not self.has_adapter):
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError(
-                    "beta > 0 keeps a copy of the weights as the reference here, which does not work with sharded weights (FSDP, "
-                    "DeepSpeed): train an adapter (peft_config) without sync_ref_model, or set beta=0"
-                )
+        if own_reference:
             self.roles["reference"] = WeightAverage(self.model, decay=0.5)
             if args.sync_ref_model:
                 self.add_callback(SyncReferenceCallback(self.roles["reference"]))
-        sharded, experts = self.is_fsdp_enabled or self.is_deepspeed_enabled, len(self.video_model.denoisers)
-        size = args.per_device_train_batch_size
-        if sharded and not self.video_model.per_sample_sigma and size > 1:
-            raise ValueError(
-                f"{type(self.video_model.pipe).__name__} takes one noise level a call, and with sharded weights (FSDP, DeepSpeed) "
-                "all processes need equally many calls: set per_device_train_batch_size=1 and raise gradient_accumulation_steps"
-            )
         self.reuse_rollout = choose_reuse(
             args,
-            own_reference="reference" in self.roles,
-            whole=not sharded and experts == 1,
+            own_reference=own_reference,
+            whole=not sharded and len(self.video_model.denoisers) == 1,
             dropout=any(module.p > 0 for module in self.model.modules() if isinstance(module, nn.Dropout)),
         )
         self.batch_guidance = args.batch_guidance  # chosen before the first rollout, if left open
@@ -217,11 +201,7 @@ class VideoGRPOTrainer(VideoTrainer):
         if args.guidance_scale_2 is not None:
             scales = (args.guidance_scale, args.guidance_scale_2)
             self.guidance_scale = dict(zip(model.denoisers, scales, strict=True))
-        if args.guidance_scale != 1.0 and model.pipe.components[self.denoiser_name].config.get("guidance_embeds"):
-            raise ValueError(
-                f"guidance is distilled into this {type(model.pipe).__name__}: set guidance_scale=1.0, or every step "
-                "pays for a second branch that the model was not trained for"
-            )
+        check_guidance(args, model, model.denoisers[self.denoiser_name])
         self.latent_shape = model.latent_shape(args.num_frames, args.height, args.width)
         self.grid = model.sigmas(args.num_inference_steps, self.latent_shape)
         # the steps at which what is trained is used: all, unless it is one of two experts
@@ -749,7 +729,7 @@ class VideoGRPOTrainer(VideoTrainer):
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(model, batch)
                 if fresh and i == 0 and args.loss_type in ("clipped", "dppo"):
-                    self._check_on_policy()
+                    check_on_policy(self._last_ratio_deviation, args, self.video_model.denoisers[self.denoiser_name])
                 loss = self.finite_or_skip(loss, [f"group {item.group}" for item in batch])
                 self.accelerator.backward(loss)
             total += loss.detach()
@@ -773,19 +753,6 @@ class VideoGRPOTrainer(VideoTrainer):
         chosen = directory / CHOICES
         if self.args.batch_guidance is None and chosen.is_file():  # other free memory must not change a resumed run
             self.batch_guidance = json.loads(chosen.read_text())["batch_guidance"]
-
-    def _check_on_policy(self) -> None:
-        """Nothing has been learned yet from this generation, so the update must see what the rollout saw."""
-        deviation = self._last_ratio_deviation
-        limit = 1e-6 if self.video_model.denoisers[self.denoiser_name].dtype == torch.float32 and not (
-            self.args.bf16 or self.args.fp16
-        ) else 1e-3  # fmt: skip
-        if deviation > limit:
-            raise ValueError(
-                f"before the first update of a generation the policy ratio deviates from 1 by {deviation:.1e} (limit "
-                f"{limit:.0e}): the update does not see the policy that sampled. Look for dropout, a stateful hook, or an "
-                "autocast that differs between rollout and update"
-            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

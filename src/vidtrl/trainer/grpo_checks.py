@@ -1,0 +1,93 @@
+"""What a GRPO run refuses, with the fix in the message."""
+
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from ..models import VideoModel
+from .grpo_config import VideoGRPOConfig
+
+
+def check_arguments(args: VideoGRPOConfig, train_dataset: Any, peft_config: Any) -> None:
+    """
+    Before anything is loaded.
+
+    Args:
+        args, train_dataset, peft_config: As the trainer takes them.
+
+    Raises:
+        `TypeError`, `ValueError`: If they do not fit.
+    """
+    if not isinstance(args, VideoGRPOConfig):
+        raise TypeError(f"args must be a VideoGRPOConfig, not {type(args).__name__}")
+    if train_dataset is None:
+        raise ValueError("train_dataset is required: a datasets.Dataset with the column prompt")
+    if isinstance(peft_config, LoraConfig) and peft_config.lora_dropout:
+        raise ValueError("lora_dropout must be 0: rollout and update have to see the same policy")
+
+
+def check_guidance(args: VideoGRPOConfig, model: VideoModel, denoiser: nn.Module) -> None:
+    """
+    Refuse guidance for a model into which it is distilled.
+
+    Args:
+        args ([`VideoGRPOConfig`]), model ([`VideoModel`]): The run's.
+        denoiser (`nn.Module`): That is trained.
+
+    Raises:
+        `ValueError`: If it would be applied twice.
+    """
+    if args.guidance_scale != 1.0 and denoiser.config.get("guidance_embeds"):
+        raise ValueError(
+            f"guidance is distilled into this {type(model.pipe).__name__}: set guidance_scale=1.0, or every step "
+            "pays for a second branch that the model was not trained for"
+        )
+
+
+def check_sharded(args: VideoGRPOConfig, model: VideoModel, own_reference: bool) -> None:
+    """
+    Refuse what does not work with sharded weights (FSDP, DeepSpeed).
+
+    Args:
+        args ([`VideoGRPOConfig`]), model ([`VideoModel`]): The run's.
+        own_reference (`bool`): The divergence is from a copy of the weights.
+
+    Raises:
+        `ValueError`: If the run needs it.
+    """
+    if args.loss_type in ("nft", "awm"):
+        raise ValueError(f"loss_type={args.loss_type!r} keeps an old policy, which does not work with sharded weights")
+    if own_reference:
+        raise ValueError(
+            "beta > 0 keeps a copy of the weights as the reference here, which does not work with sharded weights (FSDP, "
+            "DeepSpeed): train an adapter (peft_config) without sync_ref_model, or set beta=0"
+        )
+    if not model.per_sample_sigma and args.per_device_train_batch_size > 1:
+        raise ValueError(
+            f"{type(model.pipe).__name__} takes one noise level a call, and with sharded weights (FSDP, DeepSpeed) "
+            "all processes need equally many calls: set per_device_train_batch_size=1 and raise gradient_accumulation_steps"
+        )
+
+
+def check_on_policy(deviation: float, args: VideoGRPOConfig, denoiser: nn.Module) -> None:
+    """
+    Nothing has been learned yet from a generation, so the update must see what the rollout saw.
+
+    Args:
+        deviation (`float`): Of the policy ratio from 1, at most, before the first update.
+        args ([`VideoGRPOConfig`]): The run's.
+        denoiser (`nn.Module`): That is trained.
+
+    Raises:
+        `ValueError`: If it is above what rounding explains: 1e-6 in float32, 1e-3 below.
+    """
+    exact = denoiser.dtype == torch.float32 and not (args.bf16 or args.fp16)
+    limit = 1e-6 if exact else 1e-3
+    if deviation > limit:
+        raise ValueError(
+            f"before the first update of a generation the policy ratio deviates from 1 by {deviation:.1e} (limit "
+            f"{limit:.0e}): the update does not see the policy that sampled. Look for dropout, a stateful hook, or an "
+            "autocast that differs between rollout and update"
+        )
