@@ -2,7 +2,7 @@
 
 import inspect
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from ..diffusion import step_schedules
 from ..diffusion.step_schedules import Plan
 from ..models import VideoModel
+from .draws import draw_seed
 from .grpo_config import VideoGRPOConfig
 
 
@@ -125,6 +126,40 @@ def check_schedule(args: VideoGRPOConfig, grid: Tensor, own_steps: list[int], ke
                 f"transition={args.transition!r} with noise_level={args.noise_level} draws no usable noise at step {step} "
                 f"(standard deviation {std:g}): change noise_level"
             )
+
+
+def trained_steps(args: VideoGRPOConfig, plan: Plan, step: int, group: int, member: int) -> set[int]:
+    """
+    The stochastic steps of a video that are trained on: all, or (DanceGRPO) a random share of them.
+
+    Args:
+        args ([`VideoGRPOConfig`]): `train_fraction` counts.
+        plan (`Plan`): The group's.
+        step (`int`): Optimizer steps done; with group and member the seed of the choice.
+        group, member (`int`): Which video.
+    """
+    steps = (plan.branch[:, member] != step_schedules.ODE).nonzero().flatten().tolist()
+    if args.train_fraction == 1:
+        return set(steps)
+    rng = random.Random(draw_seed(args.seed, step, group, member))
+    return set(rng.sample(steps, max(1, round(args.train_fraction * len(steps)))))
+
+
+def training_times(model: VideoModel, trained: Sequence[str], latent_shape: tuple[int, ...]) -> tuple[float, float]:
+    """
+    The training times u between which what is trained is used: all, unless it is one of two experts.
+
+    Args:
+        model ([`VideoModel`]): The run's.
+        trained (`Sequence[str]`): Names of the denoisers in training.
+        latent_shape (`tuple[int, ...]`): Of one video.
+    """
+    if len(trained) == len(model.denoisers):
+        return 0.0, 1.0
+    u = torch.arange(1000) / 1000
+    sigmas = model.training_sigma(u, latent_shape).tolist()
+    mine = [x for x, s in zip(u.tolist(), sigmas, strict=True) if model.expert(s) in trained]
+    return mine[0], mine[-1]
 
 
 def credited(plan: Plan) -> list[tuple[int, int, list[list[int]]]]:

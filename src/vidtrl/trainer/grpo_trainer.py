@@ -37,7 +37,7 @@ from transformers.utils import logging
 
 from ..data import standardize_columns
 from ..data.video import condition_image
-from ..diffusion import flow, step_schedules
+from ..diffusion import flow
 from ..diffusion.advantages import aggregate_rewards, zero_std_groups
 from ..diffusion.policy_losses import awm_log_prob, clipped_loss, dppo_loss, guard_log_ratio, nft_loss
 from ..diffusion.step_schedules import Plan
@@ -55,9 +55,10 @@ from .ema import WeightAverage
 from .grpo_checks import check_arguments, check_guidance, check_on_policy, check_sharded
 from .grpo_choices import choose_batch_guidance, choose_reuse
 from .grpo_config import VideoGRPOConfig
+from .grpo_evaluation import evaluate_prompts
 from .grpo_items import Item, micro_batches, share_out
-from .grpo_logging import GenerationMetrics, log_completions, nanstd, video_advantages
-from .grpo_plans import check_schedule, credited, draw_plan, embedded_guidance
+from .grpo_logging import GenerationMetrics, log_completions, video_advantages
+from .grpo_plans import check_schedule, credited, draw_plan, embedded_guidance, trained_steps, training_times
 from .prompt_batches import GenerationSampler, PromptRows, as_given, prompts_with_images
 
 
@@ -492,7 +493,7 @@ class VideoGRPOTrainer(VideoTrainer):
         """Decisions of this process with their advantages and step weights; those that teach nothing weigh nothing."""
         args, point = self.args, torch.zeros(1, 1)
         chosen = {
-            (group, member): self._trained_steps(group, member, plan)
+            (group, member): trained_steps(args, plan, self.state.global_step, group, member)
             for group, plan in enumerate(plans)
             for member in range(plan.num_members)
         }
@@ -529,28 +530,11 @@ class VideoGRPOTrainer(VideoTrainer):
             items.append(Item(d.group, worth, weight, kl_weight, decision=d))
         return items
 
-    def _trained_steps(self, group: int, member: int, plan: Plan) -> set[int]:
-        """DanceGRPO trains a random share of each video's stochastic steps."""
-        steps = (plan.branch[:, member] != step_schedules.ODE).nonzero().flatten().tolist()
-        if self.args.train_fraction == 1:
-            return set(steps)
-        rng = random.Random(draw_seed(self.args.seed, self.state.global_step, group, member))
-        return set(rng.sample(steps, max(1, round(self.args.train_fraction * len(steps)))))
-
-    def _training_times(self) -> tuple[float, float]:
-        """The training times u between which what is trained is used: all, unless it is one of two experts."""
-        if len(self.denoiser_names) == len(self.video_model.denoisers):
-            return 0.0, 1.0
-        u = torch.arange(1000) / 1000
-        sigmas = self.video_model.training_sigma(u, self.latent_shape).tolist()
-        mine = [x for x, s in zip(u.tolist(), sigmas, strict=True) if self.video_model.expert(s) == self.denoiser_name]
-        return mine[0], mine[-1]
-
     @torch.no_grad()
     def _video_items(self, latents, groups, members, advantages, number) -> list[Item]:
         """Each video at `num_train_sigmas` stratified noise levels, with what the old policy says there."""
         args, items = self.args, []
-        low, high = self._training_times()
+        low, high = training_times(self.video_model, self.denoiser_names, self.latent_shape)
         for group, videos in zip(groups, latents, strict=True):
             for member, x0 in zip(members[group], videos, strict=True):
                 source = torch.Generator().manual_seed(draw_seed(args.seed, *number, group, 2, member))
@@ -731,7 +715,7 @@ class VideoGRPOTrainer(VideoTrainer):
                 if fresh and i == 0 and args.loss_type in ("clipped", "dppo"):
                     check_on_policy(self._last_ratio_deviation, args, self.video_model.denoisers[self.denoiser_name])
                 loss = self.finite_or_skip(loss, [f"group {item.group}" for item in batch])
-                self.accelerator.backward(loss)
+                self.backward(loss, last)
             total += loss.detach()
         self._update_time += time.perf_counter() - began
         if (micro_step + 1) % (args.steps_per_generation * args.num_iterations) == 0:
@@ -759,7 +743,7 @@ class VideoGRPOTrainer(VideoTrainer):
             logs |= self.metrics.collect()
         super().log(logs, start_time)
 
-    # ---- Evaluation: the pipeline's own solver, fixed seeds, and rewards that training never sees ----
+    # ---- Evaluation ----
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """
@@ -772,7 +756,6 @@ class VideoGRPOTrainer(VideoTrainer):
         Returns:
             `dict[str, float]`: `eval_reward`, `eval_rewards/{name}/mean` and `/std`, `eval_runtime`.
         """
-        args = self.args
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):
             metrics = {}
@@ -781,34 +764,10 @@ class VideoGRPOTrainer(VideoTrainer):
             return metrics
         if dataset is None:
             raise ValueError("evaluation needs an eval_dataset: prompts to generate")
-        began, dataset = time.perf_counter(), self.prepare_dataset(dataset)
-        total = len(dataset) * args.num_generations_eval
-        padded = -(-total // args.world_size) * args.world_size  # equally many everywhere; surplus ones do not count
-        mine = [i % total for i in range(args.process_index, padded, args.world_size)]
-        rows = [dataset[i // args.num_generations_eval] for i in mine]
-        with self.video_model.guidance(args.guidance_scale) as guidance:
-            if args.guidance_scale != 1.0 and args.negative_prompt:
-                guidance = {**guidance, "negative_prompt": args.negative_prompt}
-            videos = self.generate_videos(
-                [row["prompt"] for row in rows],
-                seeds=[args.validation_seed + i for i in mine],
-                images=[self.image(row) for row in rows] if self.video_model.family.image else None,
-                # not every image-to-video pipeline takes lists of images
-                batch_size=1 if self.video_model.family.image else args.per_device_eval_batch_size,
-                num_inference_steps=args.eval_num_inference_steps,
-                **guidance,
-            )
-        handle = self._submit(self.eval_rewards, rows, [video.to(args.device) for video in videos])
-        local = self.eval_rewards.collect(handle).to(args.device)
-        gathered = self.accelerator.gather(local).view(args.world_size, len(mine), -1).transpose(0, 1)
-        rewards = gathered.flatten(0, 1)[:total].cpu()
-        metrics = {}
-        for i, name in enumerate(self.eval_rewards.names):
-            metrics[f"{metric_key_prefix}_rewards/{name}/mean"] = rewards[:, i].nanmean().item()
-            metrics[f"{metric_key_prefix}_rewards/{name}/std"] = nanstd(rewards[:, i]).item()
-        trained = rewards[:, : len(self.rewards.names)]
-        metrics[f"{metric_key_prefix}_reward"] = (trained * self.rewards.weights).nansum(-1).mean().item()
+        began = time.perf_counter()
+        metrics = evaluate_prompts(self, self.prepare_dataset(dataset))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
