@@ -31,6 +31,11 @@ class KillSecondRank(TrainerCallback):
 
 def main(job):
     torch.set_num_threads(1)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed
+
+        # it would compile this at the start of a run on a CPU, for minutes
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     out, config = job["out"], job["config"]
     if job["trainer"] == "sft":
         trainer = sft_setup.make_trainer(out, load_from_disk(job["clips"]), job["cache"], **config)
@@ -41,9 +46,12 @@ def main(job):
     if job.get("kill"):
         trainer.add_callback(KillSecondRank(job["kill"], Path(f"{out}.killed")))
     trainer.train(resume_from_checkpoint=job.get("resume"))
+    weights = sft_setup.trained_weights(trainer)
     result = {
+        "norm": sum(w.double().square().sum().item() for w in weights.values()),
+        "held": sft_setup.held(trainer),
         "num_processes": trainer.accelerator.num_processes,
-        "digest": sft_setup.digest(sft_setup.trained_weights(trainer)),
+        "digest": sft_setup.digest(weights),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
     if trainer.is_world_process_zero():

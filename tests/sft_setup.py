@@ -69,7 +69,13 @@ def make_trainer(output_dir, clips, cache_dir, *, pipe=None, lora=True, eval_cli
 
 def trained_weights(trainer) -> dict:
     """Whole weights, also of a sharded model: all processes must call it."""
-    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    if trainer.is_deepspeed_enabled:
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(list(trained.values())):
+            return {name: p.detach().clone() for name, p in trained.items()}
+    weights = {name: p.detach().clone() for name, p in trained.items()}
     return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
 
 
@@ -78,6 +84,8 @@ def held(trainer) -> float:
     if isinstance(trainer.model, FSDPModule):
         trainer.model.reshard()  # what is outside the blocks stays whole after a forward
     parameters = list(trainer.model.parameters())
+    if hasattr(parameters[0], "ds_numel"):  # ZeRO-3
+        return sum(p.ds_tensor.numel() for p in parameters) / sum(p.ds_numel for p in parameters)
     mine = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
     return sum(p.numel() for p in mine) / sum(p.numel() for p in parameters)
 

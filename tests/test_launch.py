@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from vidtrl.cli.launch import CONFIGS
 
@@ -32,7 +33,7 @@ def launch(clips, cache_dir, tmp_path_factory):
     clips.save_to_disk(root / "clips")
 
     def launch(name, accelerate_config, **job) -> tuple[int, str, float]:
-        """Exit code, standard error, and when it ended."""
+        """Exit code, standard error, and when it ended; `accelerate_config=None` runs one process without the launcher."""
         job = {"trainer": name.split()[0], "clips": str(root / "clips"), "cache": str(cache_dir), **job}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -44,7 +45,9 @@ def launch(clips, cache_dir, tmp_path_factory):
             f"--config_file={CONFIGS / accelerate_config}.yaml",
         ]
         command += ["--num_processes=2", f"--main_process_port={port}", str(HERE / "rank_worker.py"), json.dumps(job)]
-        environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(HERE))
+        if accelerate_config is None:
+            command = [sys.executable, command[-2], command[-1]]
+        environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(HERE), *sys.path]))
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         return done.returncode, done.stderr, time.time()
 
@@ -68,3 +71,53 @@ def test_when_a_rank_dies_the_others_end_and_the_run_goes_on_bit_for_bit(launch,
     assert code == 0, log[-3000:]
     resumed, whole = (json.loads(Path(f"{path}.json").read_text()) for path in (out, whole))
     assert resumed == whole and whole["num_processes"] == 2 and len(set(whole["losses"])) > 1
+
+
+# one micro-step of two micro-batches, two micro-steps an update
+GRPO = SAVED | dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, beta=0.05)
+ZERO = [("sft", 2), ("sft", 3), ("grpo", 2), ("grpo", 3)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "stage"), ZERO)
+def test_zero_in_two_processes_equals_one_and_resumes(launch, name, stage, tmp_path):
+    pytest.importorskip("deepspeed")
+    config = {"sft": SAVED, "grpo": GRPO}[name]
+    alone = config | dict(per_device_train_batch_size=2 * config["per_device_train_batch_size"])
+    accelerate_config = f"zero{stage}"
+    if stage == 3:  # the shipped file, but without the exception for small weights, which all of these are
+        accelerate_config = zero3_without_exceptions(tmp_path)
+    results = []
+    gloo = dict(use_cpu=False, ddp_backend="gloo")
+    for number, (kind, run, changes) in enumerate(
+        [
+            (None, {}, alone),
+            (accelerate_config, {}, config | gloo),
+            (accelerate_config, {"resume": "whole"}, config | gloo),
+        ]
+    ):
+        out = tmp_path / str(number)
+        if run:
+            run = {"resume": str(tmp_path / "1" / "checkpoint-2")}
+        code, log, _ = launch(name, kind, out=str(out), config=changes, **run)
+        assert code == 0, log[-3000:]
+        results.append(json.loads(Path(f"{out}.json").read_text()))
+    one, whole, resumed = results
+    assert (one["num_processes"], whole["num_processes"]) == (1, 2)
+    assert whole["held"] == (1.0 if stage == 2 else pytest.approx(0.5, abs=0.02))
+    assert whole["losses"] == pytest.approx(one["losses"], rel=1e-4, abs=1e-5)
+    assert whole["norm"] == pytest.approx(one["norm"], rel=1e-5)
+    assert resumed == whole
+
+
+def zero3_without_exceptions(folder) -> str:
+    """Path of an accelerate configuration, without its `.yaml`."""
+    shards = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    batch = dict.fromkeys(
+        ["train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"], "auto"
+    )
+    (folder / "zero3.json").write_text(json.dumps({"zero_optimization": shards, **batch}))
+    config = yaml.safe_load((CONFIGS / "zero3.yaml").read_text())
+    config["deepspeed_config"] = {"deepspeed_config_file": str(folder / "zero3.json"), "zero3_init_flag": False}
+    (folder / "zero3.yaml").write_text(yaml.safe_dump(config))
+    return str(folder / "zero3")

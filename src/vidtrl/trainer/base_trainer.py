@@ -254,9 +254,28 @@ class VideoTrainer(Trainer):
         # FSDP puts shards in the place of the weights, and roles would go on to switch those that are gone
         prepared = super()._prepare_for_training(*args, **kwargs)
         self.policies.refresh()
-        if self.is_fsdp_enabled and self._equal_calls is None:
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self._equal_calls is None:
             self._equal_calls = EqualCalls(self.model, self.accelerator)
         return prepared
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """
+        One of several backward passes of a micro-batch.
+
+        With DeepSpeed, `accelerator.backward` alone would take an optimizer step after each of them, and divide the loss by
+        the number of micro-batches, which [`~VideoTrainer.training_step`] has done.
+
+        Args:
+            loss (`torch.Tensor`): A scalar.
+            last (`bool`, *optional*, defaults to `True`): Whether it is the last one of the micro-batch.
+        """
+        if not self.is_deepspeed_enabled:
+            self.accelerator.backward(loss)
+            return
+        boundary = self.accelerator.sync_gradients
+        self.accelerator.sync_gradients = boundary and last
+        self.accelerator.backward(loss, scale_wrt_gas=False)
+        self.accelerator.sync_gradients = boundary
 
     def equal_calls(self) -> contextlib.AbstractContextManager:
         """Inside, processes may call a sharded model a different number of times; see [`EqualCalls`]."""
@@ -361,14 +380,15 @@ class VideoTrainer(Trainer):
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.no_grad(), self.averaged_weights(), torch.random.fork_rng(devices):
             self.model.eval()
-            if self.is_fsdp_enabled:
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            if sharded:
                 # the sharded root must be called itself; it forwards `.config`, `.dtype` and `.cache_context`
-                setattr(pipe, self.denoiser_name, self.model_wrapped)
+                setattr(pipe, self.denoiser_name, self.model)
             try:
                 with self.equal_calls():
                     yield pipe
             finally:
-                if self.is_fsdp_enabled:
+                if sharded:
                     setattr(pipe, self.denoiser_name, denoiser)
                 self.model.train(training)
                 if offloaded:
