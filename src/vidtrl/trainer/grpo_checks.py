@@ -1,5 +1,6 @@
 """What a GRPO run refuses, with the fix in the message."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,18 +29,24 @@ def check_arguments(args: VideoGRPOConfig, train_dataset: Any, peft_config: Any)
         raise ValueError("lora_dropout must be 0: rollout and update have to see the same policy")
 
 
-def check_guidance(args: VideoGRPOConfig, model: VideoModel, denoiser: nn.Module) -> None:
+def check_denoisers(args: VideoGRPOConfig, model: VideoModel, trained: Sequence[str], swapped: bool) -> None:
     """
-    Refuse guidance for a model into which it is distilled.
+    Refuse what the model's denoisers do not allow.
 
     Args:
         args ([`VideoGRPOConfig`]), model ([`VideoModel`]): The run's.
-        denoiser (`nn.Module`): That is trained.
+        trained (`Sequence[str]`): Names of the denoisers in training.
+        swapped (`bool`): Of two experts only one is on the device.
 
     Raises:
-        `ValueError`: If it would be applied twice.
+        `ValueError`: If graphs would be kept of a denoiser that leaves the device, or guidance be applied twice.
     """
-    if args.guidance_scale != 1.0 and denoiser.config.get("guidance_embeds"):
+    if args.reuse_rollout and len(model.denoisers) > 1 and (len(trained) > 1 or swapped):
+        raise ValueError(
+            "reuse_rollout keeps graphs across calls of both experts: set reuse_rollout=False, or train one expert "
+            "(experts='high' or 'low') and keep both on the device (offload_experts=False)"
+        )
+    if args.guidance_scale != 1.0 and model.denoisers[trained[0]].config.get("guidance_embeds"):
         raise ValueError(
             f"guidance is distilled into this {type(model.pipe).__name__}: set guidance_scale=1.0, or every step "
             "pays for a second branch that the model was not trained for"

@@ -11,8 +11,10 @@ from torch import Tensor
 from ..diffusion.step_schedules import Plan
 from ..rewards import RewardRunner
 from .completions import CompletionLog
+from .draws import draw_seed
 from .grpo_config import VideoGRPOConfig
 from .grpo_plans import credited
+from .prompt_batches import members_here
 
 
 if TYPE_CHECKING:
@@ -138,11 +140,11 @@ def video_advantages(plans: list[Plan], advantages: dict[tuple[int, int, int], f
 def log_completions(
     trainer: "VideoGRPOTrainer",
     completions: CompletionLog | None,
-    rows: list[tuple[int, int, str]],
-    seeds: list[int],
+    inputs: list[tuple[tuple[int, ...], dict]],
+    plans: list[Plan],
     videos: list[Tensor],
     rewards: Tensor,
-    worth: dict[tuple[int, int], float],
+    advantages: dict[tuple[int, int, int], float],
     extra: dict[str, list],
 ) -> CompletionLog | None:
     """
@@ -151,20 +153,26 @@ def log_completions(
     Args:
         trainer ([`VideoGRPOTrainer`]): Whose run it is.
         completions ([`CompletionLog`], *optional*): From the call before.
-        rows (`list[tuple[int, int, str]]`): (group, member, prompt) of each video here.
-        seeds (`list[int]`): Of its first noise.
-        videos (`list[Tensor]`): (F, 3, H, W) in [0, 1].
+        inputs (`list`): What [`VideoGRPOTrainer.generate`] was given.
+        plans (`list[Plan]`): One per group.
+        videos (`list[Tensor]`): (F, 3, H, W) in [0, 1], those of this process.
         rewards (`Tensor`): (P, G, R), of all processes.
-        worth (`dict`): From [`video_advantages`].
+        advantages (`dict`): {(group, step, first member of the child): advantage}, of all processes.
         extra (`dict[str, list]`): Columns of `log_extra`.
 
     Returns:
         [`CompletionLog`]: On the main process.
     """
-    args = trainer.args
+    args, members = trainer.args, members_here(trainer.args)
+    rows = [
+        # the seed is that of the first noise
+        (group, m, row["prompt"], draw_seed(args.seed, epoch, number, group, 0, int(plans[group].seed[m])))
+        for (epoch, number, _, group, _), row in inputs
+        for m in members[group]
+    ]
     local = [
-        (*row, seed, video.cpu(), {name: values[i] for name, values in extra.items() if i < len(values)})
-        for i, (row, seed, video) in enumerate(zip(rows, seeds, videos, strict=True))
+        (*row, video.cpu(), {name: values[i] for name, values in extra.items() if i < len(values)})
+        for i, (row, video) in enumerate(zip(rows, videos, strict=True))
     ]
     everything = gather_object(local)
     if not trainer.is_world_process_zero():
@@ -175,6 +183,7 @@ def log_completions(
             args.output_dir, args.num_completions_to_print, args.log_unique_prompts, args.log_completions_hub_repo,
             fps=trainer.validation_fps(), hub_token=args.hub_token, hub_private_repo=args.hub_private_repo,
         )  # fmt: skip
+    worth = video_advantages(plans, advantages)
     completions.write(
         step=trainer.state.global_step,
         prompts=prompts,

@@ -52,14 +52,14 @@ from .callbacks import SyncReferenceCallback
 from .completions import CompletionLog
 from .draws import draw_seed
 from .ema import WeightAverage
-from .grpo_checks import check_arguments, check_guidance, check_on_policy, check_sharded
+from .grpo_checks import check_arguments, check_denoisers, check_on_policy, check_sharded
 from .grpo_choices import choose_batch_guidance, choose_reuse
 from .grpo_config import VideoGRPOConfig
 from .grpo_evaluation import evaluate_prompts
 from .grpo_items import Item, micro_batches, share_out
-from .grpo_logging import GenerationMetrics, log_completions, video_advantages
+from .grpo_logging import GenerationMetrics, log_completions
 from .grpo_plans import check_schedule, credited, draw_plan, embedded_guidance, trained_steps, training_times
-from .prompt_batches import GenerationSampler, PromptRows, as_given, prompts_with_images
+from .prompt_batches import PromptRows, as_given, generation_sampler, members_here, prompts_with_images
 
 
 logger = logging.get_logger(__name__)
@@ -191,18 +191,13 @@ class VideoGRPOTrainer(VideoTrainer):
     def prepare_datasets(self, train_dataset, eval_dataset):
         args, model = self.args, self.video_model
         self.fill_shape()
-        if args.reuse_rollout and len(model.denoisers) > 1 and (len(self.denoiser_names) > 1 or self.swap.enabled):
-            raise ValueError(
-                "reuse_rollout keeps graphs across calls of both experts: set reuse_rollout=False, or train one expert "
-                "(experts='high' or 'low') and keep both on the device (offload_experts=False)"
-            )
+        check_denoisers(args, model, self.denoiser_names, swapped=self.swap.enabled)
         model.embedded_guidance = embedded_guidance(args, model)
         # of both experts, where the low-noise one has its own
         self.guidance_scale: float | dict[str, float] = args.guidance_scale
         if args.guidance_scale_2 is not None:
             scales = (args.guidance_scale, args.guidance_scale_2)
             self.guidance_scale = dict(zip(model.denoisers, scales, strict=True))
-        check_guidance(args, model, model.denoisers[self.denoiser_name])
         self.latent_shape = model.latent_shape(args.num_frames, args.height, args.width)
         self.grid = model.sigmas(args.num_inference_steps, self.latent_shape)
         # the steps at which what is trained is used: all, unless it is one of two experts
@@ -283,15 +278,7 @@ class VideoGRPOTrainer(VideoTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         args = self.args
-        mine = [g for g, members in enumerate(self._members()) if members]
-        self._train_sampler = GenerationSampler(
-            len(self.train_dataset),
-            args.num_prompts,
-            repeats=args.steps_per_generation * args.num_iterations,
-            groups=range(mine[0], mine[-1] + 1),
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            shuffle=args.shuffle_dataset,
-        )
+        self._train_sampler = generation_sampler(args, len(self.train_dataset))
         return DataLoader(
             PromptRows(self.train_dataset),
             batch_sampler=self._train_sampler,
@@ -299,20 +286,6 @@ class VideoGRPOTrainer(VideoTrainer):
             num_workers=args.dataloader_num_workers,
             generator=torch.Generator(),
         )
-
-    def _members(self) -> list[range]:
-        """Of each group of a generation, the members that this process samples: equally many videos everywhere."""
-        args = self.args
-        here = args.num_prompts * args.num_generations // args.world_size
-        first = args.process_index * here
-        bounds = [
-            (
-                max(0, first - g * args.num_generations),
-                min(args.num_generations, first + here - g * args.num_generations),
-            )
-            for g in range(args.num_prompts)
-        ]
-        return [range(low, max(low, high)) for low, high in bounds]
 
     def transition(self, x: Tensor, velocity: Tensor, sigma, sigma_next) -> Transition:
         """The kernel of a stochastic step; see [`~vidtrl.diffusion.transitions.transition`]."""
@@ -344,7 +317,7 @@ class VideoGRPOTrainer(VideoTrainer):
         own = args.sde_schedule != "window"
         seeds = [draw_seed(args.seed, epoch, number, group if own else 0) for group in range(args.num_prompts)]
         plans = [draw_plan(args, self.grid, self._own_steps, iteration, random.Random(seed)) for seed in seeds]
-        members = self._members()
+        members = members_here(args)
         groups = [key[3] for key, _ in inputs]
         conditions: list[Condition] = []
         negatives: list[Condition] = []
@@ -426,14 +399,9 @@ class VideoGRPOTrainer(VideoTrainer):
         self.metrics.values["rollout_time"].append(rollout_time)
         self.metrics.values["reward_time"].append(reward_time)
         if args.log_completions and self.state.global_step % max(1, int(args.logging_steps)) == 0:
-            worth = video_advantages(plans, advantages)
-            seeds = [
-                draw_seed(args.seed, epoch, number, key[3], 0, int(plans[key[3]].seed[m]))
-                for key, _ in inputs
-                for m in members[key[3]]
-            ]
-            rows = [(key[3], m, row["prompt"]) for key, row in inputs for m in members[key[3]]]
-            self._completions = log_completions(self, self._completions, rows, seeds, videos, rewards, worth, extra)
+            self._completions = log_completions(
+                self, self._completions, inputs, plans, videos, rewards, advantages, extra
+            )
         return slices
 
     def _submit(self, runner: RewardRunner, rows: list[dict], videos: list[Tensor]) -> RewardHandle:

@@ -11,6 +11,7 @@ from transformers.utils import logging
 from ..data import BucketSampler
 from ..data.video import load_image
 from ..models import VideoModel
+from .grpo_config import VideoGRPOConfig
 
 
 logger = logging.get_logger(__name__)
@@ -51,6 +52,30 @@ class GenerationSampler(Sampler):
             chosen = rows[generation * self.num_groups : (generation + 1) * self.num_groups]
             for micro_step in range(self.repeats):
                 yield [(self.order.epoch, generation, micro_step, g, chosen[g]) for g in self.groups]
+
+
+def members_here(args: VideoGRPOConfig) -> list[range]:
+    """Of each group of a generation, the members that this process samples: equally many videos everywhere."""
+    here = args.num_prompts * args.num_generations // args.world_size
+    first = args.process_index * here
+    bounds = [
+        (max(0, first - g * args.num_generations), min(args.num_generations, first + here - g * args.num_generations))
+        for g in range(args.num_prompts)
+    ]
+    return [range(low, max(low, high)) for low, high in bounds]
+
+
+def generation_sampler(args: VideoGRPOConfig, num_rows: int) -> GenerationSampler:
+    """The order in which a run's generations use the rows of its dataset, as this process sees it."""
+    mine = [g for g, members in enumerate(members_here(args)) if members]
+    return GenerationSampler(
+        num_rows,
+        args.num_prompts,
+        repeats=args.steps_per_generation * args.num_iterations,
+        groups=range(mine[0], mine[-1] + 1),
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        shuffle=args.shuffle_dataset,
+    )
 
 
 class PromptRows(torch.utils.data.Dataset):
