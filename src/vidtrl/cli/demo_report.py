@@ -156,6 +156,7 @@ def speed_note(results: dict) -> str:
 def write_demo_report(output: Path, results: dict) -> Path:
     """Write `report.html` from the results, the videos and the training logs."""
     from ..report import Estimate, Gallery, Metric, write_report
+    from ..report.curves import training_charts
 
     models = {name: MODELS[name] for name in results["models"]}
     metrics = [
@@ -185,20 +186,20 @@ def write_demo_report(output: Path, results: dict) -> Path:
             "them stands above its videos. All clips lie in users/videos/.",
         ),
     ]
-    state = lambda stage: output / stage / "trainer_state.json"  # noqa: E731
     stages = [stage for stage in STAGES if stage in results["stages"]]
-    charts = {"sft": sft_charts(state("sft"))}
+    titles = {"sft": "SFT", "grpo": "GRPO", "prompt": "Enhancer", "distill": "Distillation"}
+    charts = {}
+    for stage in stages:
+        log = json.loads((output / stage / "trainer_state.json").read_text())["log_history"]
+        charts["enhancer" if stage == "prompt" else stage] = training_charts(log, f"{titles[stage]}: ")
     notes, names = [], ["supervised fine-tuning"]
     if "grpo" in stages:
-        charts["grpo"] = grpo_charts(state("grpo"), results["settings"])
         notes += [recipe_note(results, output)]
         names += ["GRPO"]
     if "prompt" in stages:
-        charts["enhancer"] = enhancer_charts(state("prompt"))
         notes += [enhancer_note(results)]
         names += ["prompt enhancement"]
     if "distill" in stages:
-        charts["distill"] = distill_charts(state("distill"))
         notes += [speed_note(results)]
         names += ["distillation"]
     flat: dict = {}
@@ -264,94 +265,3 @@ def _shown(folder: Path, clips: list[dict], models: dict[str, str], most: int) -
         )
     first = found[:: max(1, len(found) // 12)][:12]
     return first + [clip for clip in found if clip not in first]
-
-
-def sft_charts(state_file: Path) -> list:
-    """Loss curves from the trainer's log: training loss, held-out loss, and held-out loss by noise level."""
-    from ..report import Chart
-
-    log = json.loads(state_file.read_text())["log_history"]
-    train = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
-    evals = [entry for entry in log if "eval_loss" in entry]
-    charts = []
-    if train:
-        charts.append(Chart("SFT: training loss", {"training loss": train}, "step", "velocity error"))
-    if evals:
-        held_out = [(entry["step"], entry["eval_loss"]) for entry in evals]
-        note = "Fixed noise, unseen clips."
-        charts.append(Chart("SFT: held-out loss", {"held-out loss": held_out}, "step", "velocity error", note))
-        strata = {k: float(k.rsplit("_", 1)[1]) for k in evals[-1] if "loss_sigma_" in k}
-        curve = lambda entry: sorted((sigma, entry[k]) for k, sigma in strata.items() if k in entry)  # noqa: E731
-        series = {f"step {evals[-1]['step']}": curve(evals[-1]), f"step {evals[0]['step']}": curve(evals[0])}
-        if strata:
-            note = "Fine detail on the left, layout and motion on the right."
-            charts.append(
-                Chart("SFT: held-out loss by noise level", series, "noise level (sigma)", "velocity error", note)
-            )
-    return charts
-
-
-def enhancer_charts(state_file: Path) -> list:
-    """What the enhancer's GRPO is trained on: whether the videos of its prompts show what users asked for, and the prompts' form."""
-    from ..report import Chart
-
-    log = json.loads(state_file.read_text())["log_history"]
-    names = {"videos": "rewards/video_reward/mean", "form of the prompt": "rewards/structure_reward/mean"}
-    series = {title: [(one["step"], one[key]) for one in log if key in one] for title, key in names.items()}
-    series = {title: points for title, points in series.items() if points}
-    note = "Mean over the completions of each update."
-    return [Chart("Enhancer: rewards of its GRPO", series, "update", "mean reward", note)] if series else []
-
-
-def distill_charts(state_file: Path) -> list:
-    """What tells whether a distillation is healthy: the score difference, the fake score's loss, and the samples' statistics."""
-    from ..report import Chart
-
-    log = json.loads(state_file.read_text())["log_history"]
-
-    def curve(key: str) -> list:
-        return [(entry["step"], entry[key]) for entry in log if key in entry]
-
-    charts = []
-    for title, series, label, note in (
-        ("Distillation: score difference", {"of the student's samples": curve("dmd_gradient")}, "root mean square", ""),
-        ("Distillation: fake score", {"loss": curve("loss/fake")}, "velocity error", ""),
-        (
-            "Distillation: the student's samples",
-            {"standard deviation": curve("generated/std"), "change between frames": curve("generated/temporal_difference")},
-            "of clean latents",
-            "A falling change between frames would be a collapse of motion.",
-        ),
-    ):  # fmt: skip
-        series = {name: points for name, points in series.items() if points}
-        if series:
-            charts.append(Chart(title, series, "update", label, note))
-    return charts
-
-
-def grpo_charts(state_file: Path, settings: dict) -> list:
-    """Reward curves: what is trained on, in training and on fixed prompts, each part of it, and what only is watched."""
-    from ..report import Chart
-
-    log = json.loads(state_file.read_text())["log_history"]
-
-    def curves(names: dict[str, str]) -> dict:
-        """Title -> points, of {title: key in the log}."""
-        series = {
-            title: [(entry["step"], entry[key]) for entry in log if key in entry] for title, key in names.items()
-        }
-        return {title: points for title, points in series.items() if points}
-
-    total = curves({"training videos": "reward", "fixed prompts": "eval_reward"})
-    parts = curves({name: f"rewards/{name}/mean" for name in settings["rewards"]})
-    watched = curves({name: f"eval_rewards/{name}/mean" for name in settings["watched_rewards"]})
-    charts = []
-    for title, series, note in (
-        ("GRPO: reward", total, "Weighted sum; of the fixed prompts with fixed noise and the weight average."),
-        ("GRPO: each reward in training", parts, "Mean over the videos of each update."),
-        ("GRPO: never trained on", watched, "Fixed prompts and noise. Falls where a reward is gamed."),
-    ):
-        for start in range(0, len(series), 4):  # a chart shows four at most
-            part = dict(list(series.items())[start : start + 4])
-            charts.append(Chart(title, part, "update", "mean reward", note))
-    return charts
