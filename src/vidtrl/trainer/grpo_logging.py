@@ -1,7 +1,10 @@
 """What a GRPO run logs: metrics under TRL's names, and the generated videos."""
 
+import contextlib
 import math
+import time
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from ..diffusion.step_schedules import Plan
 from ..rewards import RewardRunner
+from ..rewards.runner import RewardHandle
 from .completions import CompletionLog
 from .draws import draw_seed
 from .grpo_config import VideoGRPOConfig
@@ -37,6 +41,43 @@ class GenerationMetrics:
 
     def __init__(self):
         self.values: dict[str, list[float | Tensor]] = defaultdict(list)
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds inside to a sum, which [`GenerationMetrics.add_time`] turns into a value."""
+        began = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - began
+
+    def add_time(self, *names: str) -> None:
+        """What was summed under these names is a value now, and the sums start again."""
+        for name in names:
+            self.values[name].append(self.seconds.pop(name, 0.0))
+
+    def collect_rewards(self, runner: RewardRunner, handles: list[RewardHandle]) -> tuple[Tensor, dict[str, list]]:
+        """
+        Wait for the rewards of a generation's parts, and keep what their functions logged.
+
+        Args:
+            runner (`RewardRunner`): That scores the videos.
+            handles (`list[RewardHandle]`): One a part, in their order.
+
+        Returns:
+            `tuple[Tensor, dict[str, list]]`: (B, R) of the videos of this process, and columns of `log_extra`.
+        """
+        parts: list[Tensor] = []
+        extra: dict[str, list] = defaultdict(list)
+        for handle in handles:
+            parts.append(runner.collect(handle))
+            self.seconds["reward_time"] += runner.seconds
+            for name, values in runner.metrics.items():
+                self.values[name] += values
+            for name, values in runner.extra.items():  # a function may log for some parts only
+                extra[name] += [None] * (sum(map(len, parts[:-1])) - len(extra[name])) + values
+            if runner.num_skipped:
+                self.values["num_skipped_rewards"].append(float(runner.num_skipped))
+        return torch.cat(parts), extra
 
     def rewards(self, runner: RewardRunner, rewards: Tensor) -> None:
         """Of a generation, (P, G, R), NaN where a reward does not apply."""

@@ -149,7 +149,7 @@ class VideoGRPOTrainer(VideoTrainer):
         self.metrics = GenerationMetrics()
         self._conditions: OrderedDict[tuple, Condition] = OrderedDict()
         self._completions: CompletionLog | None = None
-        self._last_ratio_deviation = self._update_time = self._step_time = 0.0
+        self._last_ratio_deviation = 0.0
         super().__init__(
             model,
             args,
@@ -333,7 +333,6 @@ class VideoGRPOTrainer(VideoTrainer):
             return torch.randn(self.latent_shape, generator=source)
 
         # a few groups at a time: their async rewards are computed while the next ones are sampled
-        rollout_time = reward_time = 0.0
         latents, decisions, videos, handles, evaluations = [], [], [], [], 0
         batch_size = args.rollout_batch_size or args.per_device_train_batch_size
         policy = self.roles["old"].swapped_in() if args.loss_type == "nft" else contextlib.nullcontext()
@@ -341,8 +340,8 @@ class VideoGRPOTrainer(VideoTrainer):
             self.batch_guidance = choose_batch_guidance(self, groups[0])
         with policy, self.equal_calls():
             for start in range(0, len(groups), batch_size):
-                began, part = time.perf_counter(), range(start, min(start + batch_size, len(groups)))
-                with self.accelerator.autocast(), torch.no_grad():
+                part = range(start, min(start + batch_size, len(groups)))
+                with self.metrics.timed("rollout_time"), self.accelerator.autocast(), torch.no_grad():
                     result = rollout(
                         model,
                         [plans[groups[i]] for i in part],
@@ -361,8 +360,8 @@ class VideoGRPOTrainer(VideoTrainer):
                         keep_graph=self.reuse_rollout,
                         denoiser=self.by_expert(self.model_wrapped if self.reuse_rollout else self.model),
                     )
-                decoded = model.decode(torch.cat(result.latents), chunk_size=args.vae_batch_size)
-                rollout_time += time.perf_counter() - began
+                with self.metrics.timed("rollout_time"):
+                    decoded = model.decode(torch.cat(result.latents), chunk_size=args.vae_batch_size)
                 evaluations += result.num_evaluations
                 latents += result.latents
                 videos += decoded
@@ -372,32 +371,21 @@ class VideoGRPOTrainer(VideoTrainer):
                 rows = [inputs[i][1] for i in part for _ in members[groups[i]]]
                 handles.append(self._submit(self.rewards, rows, decoded))
 
-        local, extra = [], defaultdict(list)
-        for handle in handles:
-            local.append(self.rewards.collect(handle))
-            reward_time += self.rewards.seconds
-            for name, values in self.rewards.metrics.items():
-                self.metrics.values[name] += values
-            for name, values in self.rewards.extra.items():  # a function may log for some parts only
-                extra[name] += [None] * (sum(map(len, local[:-1])) - len(extra[name])) + values
-            if self.rewards.num_skipped:
-                self.metrics.values["num_skipped_rewards"].append(float(self.rewards.num_skipped))
+        local, extra = self.metrics.collect_rewards(self.rewards, handles)
         # every process holds the same number of videos, in the order of (group, member)
-        rewards = self.accelerator.gather(torch.cat(local).to(args.device)).cpu()
+        rewards = self.accelerator.gather(local.to(args.device)).cpu()
         rewards = rewards.view(args.num_prompts, args.num_generations, -1)
         advantages = self._advantages(plans, rewards)
         self.metrics.rewards(self.rewards, rewards)
 
-        began = time.perf_counter()
-        if args.loss_type in ("clipped", "dppo"):
-            items = self._decision_items(decisions, plans, advantages)
-        else:
-            items = self._video_items(latents, groups, members, advantages, (epoch, number))
-        rollout_time += time.perf_counter() - began
+        with self.metrics.timed("rollout_time"):
+            if args.loss_type in ("clipped", "dppo"):
+                items = self._decision_items(decisions, plans, advantages)
+            else:
+                items = self._video_items(latents, groups, members, advantages, (epoch, number))
         slices = self._slices(items)
         self.metrics.values["nfe"].append(float(evaluations * args.world_size))
-        self.metrics.values["rollout_time"].append(rollout_time)
-        self.metrics.values["reward_time"].append(reward_time)
+        self.metrics.add_time("rollout_time", "reward_time")
         if args.log_completions and self.state.global_step % max(1, int(args.logging_steps)) == 0:
             self._completions = log_completions(
                 self, self._completions, inputs, plans, videos, rewards, advantages, extra
@@ -664,35 +652,36 @@ class VideoGRPOTrainer(VideoTrainer):
 
     def training_step(self, model: nn.Module, inputs: list, num_items_in_batch=None) -> Tensor:
         """One slice of a generation; its first slice samples the generation."""
-        args = self.args
-        epoch, number, micro_step = inputs[0][0][:3]
-        entered = time.perf_counter()
+        args, micro_step = self.args, inputs[0][0][2]
         model.train()
-        # a new call of `train` starts over with the same numbers
-        fresh = micro_step == 0 or self._generation is None or self._generation[0] != (epoch, number)
-        if fresh:
-            self._last_ratio_deviation = 0.0
-            self._generation = (epoch, number), self.generate(inputs)
-        batches = self._generation[1][micro_step % args.steps_per_generation]
-        began, total = time.perf_counter(), torch.zeros((), device=args.device)
+        with self.metrics.timed("step_time"):
+            # a new call of `train` starts over with the same numbers
+            fresh = micro_step == 0 or self._generation is None or self._generation[0] != inputs[0][0][:2]
+            if fresh:
+                self._last_ratio_deviation = 0.0
+                self._generation = inputs[0][0][:2], self.generate(inputs)
+            with self.metrics.timed("update_time"):
+                total = self._update(model, self._generation[1][micro_step % args.steps_per_generation], fresh)
+        if (micro_step + 1) % (args.steps_per_generation * args.num_iterations) == 0:
+            self.metrics.add_time("update_time")
+        if (micro_step + 1) % args.gradient_accumulation_steps == 0:
+            self.metrics.add_time("step_time")
+        return total
+
+    def _update(self, model: nn.Module, batches: list[list[Item]], fresh: bool) -> Tensor:
+        """Forward and backward of a slice's micro-batches; before the first ones of a generation nothing has been learned."""
+        total = torch.zeros((), device=self.args.device)
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1  # gradients are exchanged once, with the last one
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(model, batch)
-                if fresh and i == 0 and args.loss_type in ("clipped", "dppo"):
-                    check_on_policy(self._last_ratio_deviation, args, self.video_model.denoisers[self.denoiser_name])
+                if fresh and i == 0 and self.args.loss_type in ("clipped", "dppo"):
+                    denoiser = self.video_model.denoisers[self.denoiser_name]
+                    check_on_policy(self._last_ratio_deviation, self.args, denoiser)
                 loss = self.finite_or_skip(loss, [f"group {item.group}" for item in batch])
                 self.backward(loss, last)
             total += loss.detach()
-        self._update_time += time.perf_counter() - began
-        if (micro_step + 1) % (args.steps_per_generation * args.num_iterations) == 0:
-            self.metrics.values["update_time"].append(self._update_time)
-            self._update_time = 0.0
-        self._step_time += time.perf_counter() - entered
-        if (micro_step + 1) % args.gradient_accumulation_steps == 0:
-            self.metrics.values["step_time"].append(self._step_time)
-            self._step_time = 0.0
         return total
 
     def save_rank_state(self, directory: Path) -> None:
