@@ -43,6 +43,10 @@ def main(job):
         trainer = grpo_setup.make_trainer(out, **config)
     else:
         trainer = distill_setup.make_trainer(out, job["cache"], **config)
+    if trainer.is_deepspeed_enabled:
+        # ZeRO-3 does not shard weights below a size that no weight of a tiny model reaches
+        shards = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        shards["stage3_param_persistence_threshold"] = 0
     if job.get("kill"):
         trainer.add_callback(KillSecondRank(job["kill"], Path(f"{out}.killed")))
     trainer.train(resume_from_checkpoint=job.get("resume"))

@@ -287,13 +287,16 @@ def test_launch_options_come_from_both_places(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_together(config):
+@pytest.mark.parametrize("name", ["multi_gpu", "fsdp2"])
+def test_two_processes_train_together(config, name):
     path = config(max_steps=1)
-    done = vidtrl("sft", "--config", path, "--accelerate_config", "multi_gpu", "--num_processes", "2")
+    done = vidtrl("sft", "--config", path, "--accelerate_config", name, "--num_processes", "2")
     assert done.returncode == 0, done.stderr[-3000:]
     checkpoint = Path(yaml.safe_load(Path(path).read_text())["output_dir"]) / "checkpoint-1"
     # one process would write rng_state.pth
     assert sorted(f.name for f in checkpoint.glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
+    # and one that shards nothing optimizer.pt
+    assert [f.name for f in checkpoint.glob("optimizer*")] == ["optimizer.bin" if name == "fsdp2" else "optimizer.pt"]
 
 
 # ---- Training ----

@@ -128,3 +128,18 @@ def test_recipes_that_learn_from_clips_read_a_folder(config, tmp_path):
 def test_mistakes_end_in_one_line(config, capsys, changes, message):
     assert main(["distill", "--config", config(**changes)]) == 2
     assert message in error_line(capsys)
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(config, tmp_path):
+    path = config(max_steps=1, per_device_train_batch_size=1)
+    command = ["distill", "--config", path, "--accelerate_config", "multi_gpu", "--num_processes", "2"]
+    done = subprocess.run([sys.executable, "-m", "vidtrl.cli.main", *command], capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # one process would write rng_state.pth
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    assert sorted(f.name for f in checkpoint.glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
+    # weights in shards are refused, in every process and before anything is sampled
+    command = ["distill", "--config", path, "--accelerate_config", "fsdp2", "--num_processes", "2"]
+    done = subprocess.run([sys.executable, "-m", "vidtrl.cli.main", *command], capture_output=True, text=True, env=ENV)
+    assert done.returncode not in (0, 130) and "use --accelerate_config multi_gpu" in done.stderr

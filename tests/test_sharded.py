@@ -1,14 +1,26 @@
 """FSDP2: two processes with half of the weights each train what one process trains; what cannot work is refused."""
 
+import contextlib
+import faulthandler
 import json
+import multiprocessing
+import os
 import socket
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpo_worker
 import pytest
 import sft_worker
+import torch
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from tiny_pipelines import wan
+from torch.distributed.fsdp import fully_shard
+
+from vidtrl.trainer.sharding import EqualCalls, prepare_fsdp, shard_on_cpu
 
 
 # what `accelerate launch` makes of accelerate_configs/fsdp2.yaml
@@ -139,3 +151,95 @@ def test_grpo_in_two_halves_equals_one(grpo, name):
     if name == "idle":
         first, second = two["taught"]
         assert first[0] > 0 == second[0] and first[1] == 0 < second[1]
+
+
+# ---- Different numbers of calls ----
+
+
+def call_often(out, environment, equal):
+    """One process: as many calls of a sharded model as its rank is high, thrice."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(90, exit=True)
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    model = fully_shard(torch.nn.Linear(4, 4))
+    calls, counted = EqualCalls(model, accelerator), []
+    model.register_forward_hook(lambda *_: counted.append(1))
+    x, rank = torch.ones(1, 4), accelerator.process_index
+    model(x)
+    Path(out, f"{rank}.begun").touch()
+    for _ in range(3):
+        with calls if equal else contextlib.nullcontext(), torch.no_grad():
+            for _ in range(rank + 1):
+                y = model(x * rank)
+        # another collective operation: it must not meet a gather of weights
+        total = accelerator.reduce(y.sum())
+    Path(out, f"{rank}.json").write_text(json.dumps([len(counted), y.sum().item(), total.item()]))
+    os._exit(0)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_processes_may_call_a_sharded_model_a_different_number_of_times(tmp_path, monkeypatch, equal):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sft_worker"])
+    started = [context.Process(target=call_often, args=(str(tmp_path), env, equal)) for env in ranks(2)]
+    for process in started:
+        process.start()
+    deadline = time.monotonic() + 80
+    while len(list(tmp_path.glob("*.begun"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for process in started:
+        process.join(timeout=30 if equal else 10)
+    assert len(list(tmp_path.glob("*.begun"))) == 2
+    found = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
+    correct = len(found) == 2 and found[0][2] == pytest.approx(found[0][1] + found[1][1])
+    for process in started:
+        process.kill()
+    assert correct == equal  # without the context they wait for each other, fail, or add up the wrong things
+    if equal:
+        assert [number for number, *_ in found] == [7, 7]  # one before, and thrice two
+
+
+# ---- What is refused ----
+
+
+@pytest.fixture
+def one_of_one(monkeypatch):
+    """A process that the launcher has started alone, with FSDP."""
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("FSDP_VERSION", "1", "fsdp_version: 2"),
+        ("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT", "fsdp_state_dict_type: FULL_STATE_DICT"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "gradient_checkpointing=True"),
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "fsdp_cpu_ram_efficient_loading: false"),
+    ],
+)
+def test_settings_that_do_not_work_say_what_to_set(one_of_one, monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    with pytest.raises(ValueError, match=message):
+        prepare_fsdp(accelerator, wan()[0].transformer)
+
+
+def test_what_is_sharded_together_and_in_which_numbers(one_of_one):
+    plugin = FullyShardedDataParallelPlugin()
+    plugin.set_mixed_precision("bf16")
+    assert plugin.mixed_precision_policy.cast_forward_inputs  # would round the noise level
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    prepare_fsdp(accelerator, wan()[0].transformer)
+    assert plugin.transformer_cls_names_to_wrap == ["WanTransformerBlock"] and plugin.mixed_precision_policy is None
+    assert not accelerator.autocast_handler.cache_enabled
+
+
+def test_deepspeed_on_a_cpu_is_refused_and_never_left_out_in_silence(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="DeepSpeed does not run with use_cpu"):
+        shard_on_cpu(None)
