@@ -617,6 +617,25 @@ def test_an_error_of_the_function_follows_the_runners_policy(caplog):
         assert "in picky" in send(server.url, body_of("x", n=5))[1]["error"]["traceback"]
 
 
+def test_what_no_video_is_at_fault_for_is_not_tried_again_on_each(caplog):
+    calls = []
+
+    class KeyExpired(RewardUnavailable):
+        pass
+
+    def judge(prompts, videos, **kwargs):
+        calls.append(len(videos))
+        raise KeyExpired("renew the key of the judge")
+
+    with RewardServer({"judge": judge}) as server, caplog.at_level(logging.CRITICAL):
+        runner = RewardRunner(RemoteReward(server.url, batch_size=6), on_error="skip")
+        assert runner.collect(runner.submit(PROMPTS, VIDEOS)).isnan().all() and runner.num_skipped == 6
+        runner.close()
+        assert calls == [6]
+        with pytest.raises(RewardUnavailable, match="renew the key of the judge .*'judge' at .*no video alone"):
+            ask(RemoteReward(server.url, batch_size=6))
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [

@@ -120,7 +120,8 @@ class RemoteReward:
         `ValueError`: For a URL that is none, a token that no header can carry, or a number out of range.
 
     When called, it raises [`RemoteRewardError`] if the reward function failed on the server, and
-    [`~vidtrl.rewards.RewardUnavailable`] if no server answered or it refused the request, with the fix in the message.
+    [`~vidtrl.rewards.RewardUnavailable`] if no server answered or it refused the request, with the fix in the message, or if
+    the function raised that itself.
 
     Example:
 
@@ -376,7 +377,8 @@ class RemoteReward:
             index = error.get("index")
             where = f"video {start + index}" if isinstance(index, int) else "no video alone"
             trace = f"\nOn the server:\n{error['traceback']}" if "traceback" in error else ""
-            return RemoteRewardError(
+            unavailable = error.get("type") == RewardUnavailable.__name__  # no video is at fault
+            return (RewardUnavailable if unavailable else RemoteRewardError)(
                 f"{error.get('type')}: {error.get('message')} (reward {error.get('reward')!r} at {replica.url}, {where}){trace}"
             )
         fixes = {

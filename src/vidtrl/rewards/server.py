@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from .connection import Handler, Job, error_answer
-from .runner import _Call, _check_signature, _values
+from .runner import RewardUnavailable, _Call, _check_signature, _values
 from .wire import PROTOCOL, ScoreRequest, dequantize
 
 
@@ -319,7 +319,10 @@ class RewardServer(http.server.ThreadingHTTPServer):
         try:
             call, start = self._call(requests, videos), 0
         except _Failed as failure:
-            if len(jobs) > 1:  # one request's mistake is none of the others'
+            if isinstance(failure.error, RewardUnavailable):  # no video is at fault, and each alone would take as long
+                for job in jobs:
+                    self._report(job, failure)
+            elif len(jobs) > 1:  # one request's mistake is none of the others'
                 del videos
                 for job in jobs:
                     self._score([job])
@@ -383,10 +386,11 @@ class RewardServer(http.server.ThreadingHTTPServer):
 
     def _report(self, job: Job, failure: _Failed) -> None:
         name, error = job.request.reward, failure.error
-        self.count("errors_total", reward=name, type=type(error).__name__)
+        kind = (RewardUnavailable if isinstance(error, RewardUnavailable) else type(error)).__name__
+        self.count("errors_total", reward=name, type=kind)
         logger.error("reward %r failed on request %s", name, job.request.id, exc_info=error)
         trace = "".join(traceback.format_exception(error)) if self.tracebacks else None
-        answer = error_answer(type(error).__name__, str(error), index=failure.index, reward=name, traceback=trace)
+        answer = error_answer(kind, str(error), index=failure.index, reward=name, traceback=trace)
         job.finish(HTTPStatus.UNPROCESSABLE_ENTITY, answer)
 
 
