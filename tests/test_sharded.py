@@ -163,7 +163,10 @@ def call_often(out, environment, equal):
     faulthandler.dump_traceback_later(90, exit=True)
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(0)
-    model = fully_shard(torch.nn.Linear(4, 4))
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    for layer in model:
+        fully_shard(layer)  # is gathered again in each call, which the root of all is not
+    fully_shard(model)
     calls, counted = EqualCalls(model, accelerator), []
     model.register_forward_hook(lambda *_: counted.append(1))
     x, rank = torch.ones(1, 4), accelerator.process_index
