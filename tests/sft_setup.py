@@ -71,9 +71,9 @@ def trained_weights(trainer) -> dict:
     """Whole weights, also of a sharded model: all processes must call it."""
     trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     if trainer.is_deepspeed_enabled:
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters(list(trained.values())):
+        with deepspeed.zero.GatheredParameters(list(trained.values())):
             return {name: p.detach().clone() for name, p in trained.items()}
     weights = {name: p.detach().clone() for name, p in trained.items()}
     return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}

@@ -62,12 +62,13 @@ def sft(clips, cache_dir, tmp_path_factory):
     root = tmp_path_factory.mktemp("sft")
     clips.save_to_disk(root / "clips")
 
-    def run(name, number, *, lora, resume=None, **config):
+    def run(name, number, *, lora, resume=None, sharded=True, **config):
         config = dict(max_steps=4, save_strategy="steps", save_steps=2, optim="sgd", max_grad_norm=1.0) | config
         config["per_device_train_batch_size"] = 4 // number // config.get("gradient_accumulation_steps", 1)
         job = dict(out=str(root / name), clips=str(root / "clips"), cache=str(cache_dir), lora=lora, resume=resume)
         job["config"] = config
-        finish([sft_worker.start(job, **environment) for environment in ranks(number, **FSDP)])
+        environments = ranks(number, **(FSDP if sharded else {}))
+        finish([sft_worker.start(job, **environment) for environment in environments])
         return json.loads(Path(root / name, "result.json").read_text())
 
     run.root = root
@@ -97,6 +98,14 @@ def test_sft_in_two_halves_equals_one(sft, name):
     if name == "lora":
         pipe = wan()[0]
         pipe.load_lora_weights(str(sft.root / "lora 2" / "checkpoint-4"))
+
+
+def test_bfloat16_rounds_as_without_shards(sft):
+    """Bit for bit: the noise level stays what it is, and gradients are added up in float32."""
+    whole = sft("bf16 whole", 2, **SFT["lora"], sharded=False, bf16=True)
+    halves = sft("bf16 halves", 2, **SFT["lora"], bf16=True)
+    assert (whole["held"], halves["held"]) == (1.0, pytest.approx(0.5, abs=0.02))
+    assert halves["digest"] == whole["digest"] and halves["losses"] == whole["losses"]
 
 
 @pytest.mark.parametrize("name", SFT)
