@@ -5,7 +5,6 @@ that overrides [`VideoTrainer.prepare_datasets`] and `compute_loss`.
 """
 
 import contextlib
-import inspect
 import os
 import shutil
 import time
@@ -45,6 +44,7 @@ from .checkpoint import (
 )
 from .ema import WeightAverage
 from .experts import EXPERTS, Experts, ExpertSwap, by_expert
+from .loading import condition_kwargs, fill_shape, load_model
 from .lora import (
     ADAPTER_FILE,
     EXPERT_FILES,
@@ -157,10 +157,7 @@ class VideoTrainer(Trainer):
         check_output_dir(args.output_dir, self.model_identity)
         self._place()
         if args.check_model:
-            kwargs = dict(args.pipeline_kwargs or {})
-            if args.max_sequence_length is not None:
-                kwargs["max_sequence_length"] = args.max_sequence_length
-            check_model(self.video_model, **kwargs).raise_if_failed()
+            check_model(self.video_model, **condition_kwargs(args)).raise_if_failed()
 
         for module in pipe.components.values():
             if isinstance(module, nn.Module):
@@ -291,29 +288,7 @@ class VideoTrainer(Trainer):
     # ---- The model and its data ----
 
     def _load_model(self, model, quantization_config, peft_config) -> VideoModel:
-        args = self.args
-        load_kwargs = dict(args.model_init_kwargs or {})
-        if isinstance(model, DiffusionPipeline):
-            if quantization_config is not None:
-                raise ValueError(
-                    "quantization_config is used while loading: pass the model's id or path instead of a pipeline, or "
-                    "load the pipeline quantised and leave quantization_config out"
-                )
-            if load_kwargs:
-                logger.warning("model_init_kwargs is ignored: the model is already loaded")
-            return VideoModel.from_pretrained(model)
-        if quantization_config is not None and "quantization_config" in load_kwargs:
-            raise ValueError("quantization_config is given twice: as an argument and in model_init_kwargs")
-        quantization_config = load_kwargs.pop("quantization_config", quantization_config)
-        dtype = load_kwargs.pop("dtype", load_kwargs.pop("torch_dtype", None))
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype)
-        if dtype is None:
-            # trained weights stay in float32 (autocast runs them in bfloat16); frozen ones need no more than bfloat16
-            dtype = torch.bfloat16 if args.bf16 and peft_config is not None else torch.float32
-        return VideoModel.from_pretrained(
-            model, torch_dtype=dtype, quantization_config=quantization_config, **load_kwargs
-        )
+        return load_model(model, self.args, quantization_config, adapter=peft_config is not None)
 
     def fill_shape(self) -> None:
         """
@@ -322,14 +297,7 @@ class VideoTrainer(Trainer):
         Raises:
             `ValueError`: If it has none.
         """
-        args, model = self.args, self.video_model
-        parameters = inspect.signature(type(model.pipe).__call__).parameters
-        for name, argument in (("height",) * 2, ("width",) * 2, ("num_frames", model.family.frames_argument)):
-            if getattr(args, name) is None:
-                default = parameters[argument].default
-                if not isinstance(default, int):
-                    raise ValueError(f"set {name}: {type(model.pipe).__name__} has no size of its own")
-                setattr(args, name, default)
+        fill_shape(self.args, self.video_model)
 
     def prepare_datasets(self, train_dataset, eval_dataset) -> tuple[Any, Any]:
         """Turn the user's datasets into what `compute_loss` needs. Called once, before the adapter is injected."""

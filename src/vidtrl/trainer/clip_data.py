@@ -21,6 +21,7 @@ from .base_trainer import VideoTrainer
 from .checkpoint import weights_fingerprint
 from .clip_config import ClipConfig
 from .draws import DrawDataset, DrawSampler, draw_seed
+from .loading import condition_kwargs
 from .prompt_batches import missing_images
 
 
@@ -162,9 +163,6 @@ class ClipTrainer(VideoTrainer):
     ) -> Condition:
         """The condition of one dataset row, as the stock pipeline (of another model, or for negative prompts) prepares it."""
         model = model or self.video_model
-        kwargs = dict(self.args.pipeline_kwargs or {})
-        if self.args.max_sequence_length is not None:
-            kwargs["max_sequence_length"] = self.args.max_sequence_length
         return model.condition(
             row["prompt"],
             height,
@@ -173,7 +171,7 @@ class ClipTrainer(VideoTrainer):
             image=row.get("image") if model.family.image else None,
             fps=row.get("fps"),
             negative=negative,
-            **kwargs,
+            **condition_kwargs(self.args),
         )
 
     def cache_fingerprint(self, model: VideoModel | None = None) -> dict:

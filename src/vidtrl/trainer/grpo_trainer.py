@@ -59,6 +59,7 @@ from .grpo_evaluation import evaluate_prompts
 from .grpo_items import Item, micro_batches, share_out
 from .grpo_logging import GenerationMetrics, log_completions
 from .grpo_plans import check_schedule, credited, draw_plan, embedded_guidance, trained_steps, training_times
+from .loading import condition_kwargs
 from .prompt_batches import PromptRows, as_given, generation_sampler, members_here, prompts_with_images
 
 
@@ -209,7 +210,7 @@ class VideoGRPOTrainer(VideoTrainer):
         if args.guidance_scale != 1.0 and not model.family.image:
             size = args.height, args.width, args.num_frames
             self.negative_condition = model.condition(
-                args.negative_prompt, *size, negative=True, **self._condition_kwargs()
+                args.negative_prompt, *size, negative=True, **condition_kwargs(self.args)
             ).to(args.device)
         if isinstance(eval_dataset, dict):
             evaluation = {name: self.prepare_dataset(dataset) for name, dataset in eval_dataset.items()}
@@ -249,12 +250,6 @@ class VideoGRPOTrainer(VideoTrainer):
         args = self.args
         return condition_image(row["image"], args.height, args.width) if self.video_model.family.image else None
 
-    def _condition_kwargs(self) -> dict:
-        kwargs = dict(self.args.pipeline_kwargs or {})
-        if self.args.max_sequence_length is not None:
-            kwargs["max_sequence_length"] = self.args.max_sequence_length
-        return kwargs
-
     def condition(self, key: int, row: dict, negative: bool = False) -> Condition:
         """What the denoiser gets for a row of the dataset, encoded once per prompt (and image) and kept on the CPU."""
         prompt = self.args.negative_prompt if negative else row["prompt"]
@@ -268,7 +263,7 @@ class VideoGRPOTrainer(VideoTrainer):
                 args.num_frames,
                 image=self.image(row),
                 negative=negative,
-                **self._condition_kwargs(),
+                **condition_kwargs(self.args),
             )
             self._conditions[name] = condition.to("cpu")
             if len(self._conditions) > MAX_CACHED_CONDITIONS:

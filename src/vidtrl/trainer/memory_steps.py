@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,11 +25,11 @@ from ..models.roles import Roles, checkpoint_under
 from ..rollout.causal import causal_rollout
 from ..rollout.sampling import guided_velocity
 from .base_config import VideoTrainingConfig
-from .base_trainer import VideoTrainer
 from .distill_config import VideoDistillConfig
 from .ema import WeightAverage
 from .experts import EXPERTS
 from .grpo_choices import choose_reuse
+from .loading import condition_kwargs, fill_shape, weights_dtype
 from .lora import ADAPTER_FILE, add_lora
 from .memory_trace import MemoryTrace, on_meta, pipeline_skeleton, stubbed_encoders
 
@@ -97,13 +96,8 @@ class Run:
     def _load(self, model) -> VideoModel:
         kwargs = dict(self.args.model_init_kwargs or {})
         hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
-        dtype = None
-        if not isinstance(model, DiffusionPipeline):
-            # as `VideoTrainer` loads it
-            dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-            dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-            if dtype is None:
-                dtype = torch.bfloat16 if self.args.bf16 and self.peft_config is not None else torch.float32
+        loaded = isinstance(model, DiffusionPipeline)
+        dtype = None if loaded else weights_dtype(self.args, adapter=self.peft_config is not None)
         return VideoModel(pipeline_skeleton(model, dtype, self.fake, **hub))
 
     def _size(self) -> tuple[int, int, int]:
@@ -118,18 +112,17 @@ class Run:
                     "an estimate over resolution buckets needs num_frames: set the largest number of frames"
                 )
             return args.num_frames, *model.nearest_size(*[max(rules["resolution"])] * 2)
-        VideoTrainer.fill_shape(SimpleNamespace(args=args, video_model=model))
+        fill_shape(args, model)
         return args.num_frames, args.height, args.width
 
     def _condition(self, model: VideoModel, negative: bool = False) -> Condition:
         args, (frames, height, width) = self.args, self.size
-        kwargs = dict(args.pipeline_kwargs or {})
-        if args.max_sequence_length is not None:
-            kwargs["max_sequence_length"] = args.max_sequence_length
         image = Image.new("RGB", (width, height)) if model.family.image else None
         fps = args.fps if model.family.fps_argument else None
         with stubbed_encoders(model):
-            return model.condition("a", height, width, frames, image=image, fps=fps, negative=negative, **kwargs)
+            return model.condition(
+                "a", height, width, frames, image=image, fps=fps, negative=negative, **condition_kwargs(args)
+            )
 
     def _base_adapters(self, model, name: str) -> int:
         """Adapters of earlier stages: those that the pipeline carries, and files on disk (those of the Hub are not fetched)."""
