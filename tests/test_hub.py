@@ -177,6 +177,7 @@ def test_enhancers_and_pipelines_go_up_whole(hub, tmp_path):  # noqa: F811
         "pipeline": ["model_index.json", "vae/config.json", "scheduler/few_step_flow_scheduler.py"],
     }.items():
         leftovers = ["checkpoint-1/optimizer.pt", "_x.tmp", "training_args.bin", "sft/checkpoint-3/model.safetensors"]
+        leftovers += ["config.yaml"]  # a stage's settings
         for name in [*names, *leftovers]:
             path = tmp_path / kind / name
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,9 +6,10 @@ import enum
 import importlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ OWNED = {
     "hub_token": "nothing: log in with `hf auth login`, or set HF_TOKEN",  # the settings are written to files
 }
 LAUNCH = ("accelerate_config", "num_processes", "main_process_port")
+SECRETS = ("token", "hub_token", "push_to_hub_token", "use_auth_token", "hf_token", "api_key", "password")
+HF_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")  # as the Hub issues them
 
 
 @dataclass
@@ -107,6 +110,7 @@ def read_pipeline(path: str | os.PathLike) -> Pipeline:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config file {str(path)!r} is not valid YAML: {error}") from error
     content = _mapping(content, str(path))
+    _refuse_secrets(content)
     _known(content, KEYS, "")
     for name in ("model", "output_dir"):
         if not isinstance(content.get(name), str):
@@ -175,6 +179,26 @@ def read_pipeline(path: str | os.PathLike) -> Pipeline:
             "model_revision: the prompt stage cannot choose one; give model the folder of that revision instead"
         )
     return Pipeline(content["model"], output, stages, base)
+
+
+def _refuse_secrets(value: Any, where: str = "") -> None:
+    """Settings are written to files that may be shared, so that a token is none of them, at whatever depth."""
+    name = where.rpartition(".")[2]
+    if isinstance(value, str) and value.lstrip().startswith("{"):  # the command line's spelling of a mapping
+        with suppress(json.JSONDecodeError):
+            value = json.loads(value)
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_secrets(inner, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_secrets(inner, where)
+    # `token: true` is the one that is stored
+    elif isinstance(value, str) and (name.lower() in SECRETS or HF_TOKEN.search(value)):
+        raise UserError(
+            f"{where} holds a secret, and what is in this file is written to files in output_dir: take it out, and log in "
+            "with `hf auth login`, or set the environment variable HF_TOKEN"
+        )
 
 
 def _mapping(value: Any, where: str) -> dict:

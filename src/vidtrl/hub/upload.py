@@ -41,6 +41,7 @@ LEFTOVERS = [
     *("_*", "*/_*", ".*", "*/.*", "*.tmp", "*.partial"),
     *("checkpoint-*", "*/checkpoint-*", "last-checkpoint/*"),
     *("*training_args.bin", "*.pt", "*.pth", "*.pkl", "*optimizer*"),
+    "config.yaml",  # how `vidtrl run` started a stage, with paths of this machine
 ]
 ATTEMPTS = 3  # of a push or a pull as a whole; the client retries single requests
 WAIT = 2.0  # seconds before the second attempt, doubled for the next
