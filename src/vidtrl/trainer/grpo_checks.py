@@ -1,4 +1,4 @@
-"""What a GRPO run refuses, with the fix in the message."""
+"""What a GRPO run refuses or warns of, with the fix in the message."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,14 +6,18 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import nn
+from transformers.utils import logging
 
 from ..models import VideoModel
 from .grpo_config import VideoGRPOConfig
 
 
+logger = logging.get_logger(__name__)
+
+
 def check_arguments(args: VideoGRPOConfig, train_dataset: Any, peft_config: Any) -> None:
     """
-    Before anything is loaded.
+    Before anything is loaded; a generation of few videos is a warning.
 
     Args:
         args, train_dataset, peft_config: As the trainer takes them.
@@ -27,6 +31,12 @@ def check_arguments(args: VideoGRPOConfig, train_dataset: Any, peft_config: Any)
         raise ValueError("train_dataset is required: a datasets.Dataset with the column prompt")
     if isinstance(peft_config, LoraConfig) and peft_config.lora_dropout:
         raise ValueError("lora_dropout must be 0: rollout and update have to see the same policy")
+    if args.num_prompts * args.num_generations < 64:
+        logger.warning(
+            f"{args.num_prompts} prompts x {args.num_generations} generations = "
+            f"{args.num_prompts * args.num_generations} videos per generation: below 64, rewards often do not rise. "
+            "Raise per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation"
+        )
 
 
 def check_denoisers(args: VideoGRPOConfig, model: VideoModel, trained: Sequence[str], swapped: bool) -> None:

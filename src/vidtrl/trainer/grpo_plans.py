@@ -9,9 +9,13 @@ from torch import Tensor
 
 from ..diffusion import step_schedules
 from ..diffusion.step_schedules import Plan
+from ..diffusion.transitions import timestep_weight
 from ..models import VideoModel
 from .draws import draw_seed
 from .grpo_config import VideoGRPOConfig
+
+
+MEAN_ONE = ("tgr", "tempflow")  # weightings that are normalised to mean 1 over the global batch
 
 
 def embedded_guidance(args: VideoGRPOConfig, model: VideoModel) -> float:
@@ -143,6 +147,48 @@ def trained_steps(args: VideoGRPOConfig, plan: Plan, step: int, group: int, memb
         return set(steps)
     rng = random.Random(draw_seed(args.seed, step, group, member))
     return set(rng.sample(steps, max(1, round(args.train_fraction * len(steps)))))
+
+
+def step_weights(
+    args: VideoGRPOConfig,
+    grid: Tensor,
+    plans: Sequence[Plan],
+    chosen: dict[tuple[int, int], set[int]],
+    advantages: dict[tuple[int, int, int], float],
+    kernel: Callable,
+) -> dict[tuple[int, int], float]:
+    """
+    w_k of each stochastic step of a generation, as [`~vidtrl.diffusion.transitions.timestep_weight`] has it.
+
+    Those of [`MEAN_ONE`] are divided by their mean over all that is trained on, on all processes.
+
+    Args:
+        args ([`VideoGRPOConfig`]), grid (`Tensor`): As in [`draw_plan`].
+        plans (`Sequence[Plan]`): One per group.
+        chosen (`dict`): {(group, member): steps that are trained on}.
+        advantages (`dict`): {(group, step, first member of the child): advantage}; where it is 0 there is nothing to train on.
+        kernel (`Callable`): As in [`check_schedule`].
+
+    Returns:
+        `dict[tuple[int, int], float]`: {(step, the grid point that it leads to): weight}.
+    """
+    point, weights = torch.zeros(1, 1), {}
+    total, count = 0.0, 0  # over the children of all processes, which every process knows
+    for group, plan in enumerate(plans):
+        for step, _, children in plan.decisions():
+            key = step, int(plan.target[step, children[0][0]])
+            if key not in weights:
+                sigma, sigma_next = (float(grid[i]) for i in key)
+                std = kernel(point, point, sigma, sigma_next).std
+                weights[key] = timestep_weight(
+                    args.timestep_weighting, sigma, sigma_next, std, args.noise_level, name=args.transition
+                ).item()
+            for child in children:
+                if advantages[group, step, child[0]] != 0 and step in chosen[group, child[0]]:
+                    total, count = total + weights[key], count + 1
+    if args.timestep_weighting in MEAN_ONE and count:
+        weights = {key: weight * count / total for key, weight in weights.items()}
+    return weights
 
 
 def training_times(model: VideoModel, trained: Sequence[str], latent_shape: tuple[int, ...]) -> tuple[float, float]:

@@ -21,7 +21,7 @@ import json
 import os
 import random
 import time
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,12 +36,11 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..data import standardize_columns
-from ..data.video import condition_image
 from ..diffusion import flow
 from ..diffusion.advantages import aggregate_rewards, zero_std_groups
 from ..diffusion.policy_losses import awm_log_prob, clipped_loss, dppo_loss, guard_log_ratio, nft_loss
 from ..diffusion.step_schedules import Plan
-from ..diffusion.transitions import Transition, timestep_weight, transition
+from ..diffusion.transitions import Transition, transition
 from ..models import Condition
 from ..rewards import RewardRunner
 from ..rewards.runner import RewardHandle
@@ -58,16 +57,21 @@ from .grpo_config import VideoGRPOConfig
 from .grpo_evaluation import evaluate_prompts
 from .grpo_items import Item, micro_batches, share_out
 from .grpo_logging import GenerationMetrics, log_completions
-from .grpo_plans import check_schedule, credited, draw_plan, embedded_guidance, trained_steps, training_times
-from .loading import condition_kwargs
-from .prompt_batches import PromptRows, as_given, generation_sampler, members_here, prompts_with_images
+from .grpo_plans import (
+    check_schedule,
+    credited,
+    draw_plan,
+    embedded_guidance,
+    step_weights,
+    trained_steps,
+    training_times,
+)
+from .prompt_batches import EncodedPrompts, PromptRows, as_given, generation_sampler, members_here, prompts_with_images
 
 
 logger = logging.get_logger(__name__)
 
-MAX_CACHED_CONDITIONS = 1024  # prompts whose encoded text is kept on the CPU
 CHOICES = "grpo_choices.json"  # in checkpoints: what was chosen where the configuration left it open
-MEAN_ONE = ("tgr", "tempflow")  # weightings that are normalised to mean 1 over the global batch
 
 
 class VideoGRPOTrainer(VideoTrainer):
@@ -148,7 +152,6 @@ class VideoGRPOTrainer(VideoTrainer):
         self.eval_rewards = RewardRunner([*trained, *[f for f in held_out if f]], **runner)
         self._generation: tuple[tuple[int, int], list[list[list[Item]]]] | None = None
         self.metrics = GenerationMetrics()
-        self._conditions: OrderedDict[tuple, Condition] = OrderedDict()
         self._completions: CompletionLog | None = None
         self._last_ratio_deviation = 0.0
         super().__init__(
@@ -180,12 +183,6 @@ class VideoGRPOTrainer(VideoTrainer):
             dropout=any(module.p > 0 for module in self.model.modules() if isinstance(module, nn.Dropout)),
         )
         self.batch_guidance = args.batch_guidance  # chosen before the first rollout, if left open
-        if args.num_prompts * args.num_generations < 64:
-            logger.warning(
-                f"{args.num_prompts} prompts x {args.num_generations} generations = "
-                f"{args.num_prompts * args.num_generations} videos per generation: below 64, rewards often do not rise. "
-                "Raise per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation"
-            )
 
     # ---- Prompts ----
 
@@ -193,6 +190,7 @@ class VideoGRPOTrainer(VideoTrainer):
         args, model = self.args, self.video_model
         self.fill_shape()
         check_denoisers(args, model, self.denoiser_names, swapped=self.swap.enabled)
+        self._encoded = EncodedPrompts(args, model)
         model.embedded_guidance = embedded_guidance(args, model)
         # of both experts, where the low-noise one has its own
         self.guidance_scale: float | dict[str, float] = args.guidance_scale
@@ -208,10 +206,7 @@ class VideoGRPOTrainer(VideoTrainer):
         check_schedule(args, self.grid, self._own_steps, self.transition)
         self.negative_condition = None  # of all prompts; each image has its own
         if args.guidance_scale != 1.0 and not model.family.image:
-            size = args.height, args.width, args.num_frames
-            self.negative_condition = model.condition(
-                args.negative_prompt, *size, negative=True, **condition_kwargs(self.args)
-            ).to(args.device)
+            self.negative_condition = self._encoded.encode(args.negative_prompt, negative=True).to(args.device)
         if isinstance(eval_dataset, dict):
             evaluation = {name: self.prepare_dataset(dataset) for name, dataset in eval_dataset.items()}
         else:
@@ -247,29 +242,11 @@ class VideoGRPOTrainer(VideoTrainer):
 
     def image(self, row: dict) -> Image.Image | None:
         """The image that the videos of a row start from, at their size; `None` for text-to-video models."""
-        args = self.args
-        return condition_image(row["image"], args.height, args.width) if self.video_model.family.image else None
+        return self._encoded.image(row)
 
     def condition(self, key: int, row: dict, negative: bool = False) -> Condition:
         """What the denoiser gets for a row of the dataset, encoded once per prompt (and image) and kept on the CPU."""
-        prompt = self.args.negative_prompt if negative else row["prompt"]
-        name = (prompt, negative, key if self.video_model.family.image else None)
-        if name not in self._conditions:
-            args = self.args
-            condition = self.video_model.condition(
-                prompt,
-                args.height,
-                args.width,
-                args.num_frames,
-                image=self.image(row),
-                negative=negative,
-                **condition_kwargs(self.args),
-            )
-            self._conditions[name] = condition.to("cpu")
-            if len(self._conditions) > MAX_CACHED_CONDITIONS:
-                self._conditions.popitem(last=False)
-        self._conditions.move_to_end(name)
-        return self._conditions[name]
+        return self._encoded.condition(key, row, negative)
 
     def get_train_dataloader(self) -> DataLoader:
         args = self.args
@@ -442,32 +419,20 @@ class VideoGRPOTrainer(VideoTrainer):
 
     def _decision_items(self, decisions, plans, advantages) -> list[Item]:
         """Decisions of this process with their advantages and step weights; those that teach nothing weigh nothing."""
-        args, point = self.args, torch.zeros(1, 1)
+        args = self.args
         chosen = {
             (group, member): trained_steps(args, plan, self.state.global_step, group, member)
             for group, plan in enumerate(plans)
             for member in range(plan.num_members)
         }
-        scale: dict[tuple[int, int], float] = {}
-        total, count = 0.0, 0  # over the children of all processes, which every process knows
-        leader: dict[tuple[int, int, int], int] = {}  # the first member of each member's child
-        for group, plan in enumerate(plans):
-            for step, _, children in plan.decisions():
-                target = int(plan.target[step, children[0][0]])
-                if (step, target) not in scale:
-                    sigma, sigma_next = float(self.grid[step]), float(self.grid[target])
-                    std = self.transition(point, point, sigma, sigma_next).std
-                    level = args.noise_level
-                    scale[step, target] = timestep_weight(
-                        args.timestep_weighting, sigma, sigma_next, std, level, name=args.transition
-                    ).item()
-                for child in children:
-                    leader |= {(group, step, member): child[0] for member in child}
-                    if advantages[group, step, child[0]] != 0 and step in chosen[group, child[0]]:
-                        total, count = total + scale[step, target], count + 1
-        if args.timestep_weighting in MEAN_ONE and count:
-            scale = {key: value * count / total for key, value in scale.items()}
-
+        scale = step_weights(args, self.grid, plans, chosen, advantages, self.transition)
+        leader = {  # the first member of each member's child, here or on another process
+            (group, step, member): child[0]
+            for group, plan in enumerate(plans)
+            for step, _, children in plan.decisions()
+            for child in children
+            for member in child
+        }
         items = []
         for d in decisions:
             target = int(plans[d.group].target[d.step, d.children[0][0]])

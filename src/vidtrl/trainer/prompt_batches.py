@@ -1,20 +1,25 @@
-"""Prompts in the order in which generations use them."""
+"""Prompts in the order in which generations use them, and encoded."""
 
+from collections import OrderedDict
 from collections.abc import Iterator
 
 import datasets
 import torch
 from datasets import Dataset
+from PIL import Image
 from torch.utils.data import Sampler
 from transformers.utils import logging
 
 from ..data import BucketSampler
-from ..data.video import load_image
-from ..models import VideoModel
+from ..data.video import condition_image, load_image
+from ..models import Condition, VideoModel
 from .grpo_config import VideoGRPOConfig
+from .loading import condition_kwargs
 
 
 logger = logging.get_logger(__name__)
+
+MAX_KEPT = 1024  # prompts whose encoded text is kept on the CPU
 
 
 class GenerationSampler(Sampler):
@@ -127,6 +132,42 @@ def prompts_with_images(dataset: Dataset, model: VideoModel) -> Dataset:
     if not readable:
         raise ValueError("no image of the dataset can be read; the warnings above say why")
     return dataset if len(readable) == len(dataset) else dataset.select(readable)
+
+
+class EncodedPrompts:
+    """
+    What the denoiser gets for rows of a dataset, encoded once per prompt (and image) and kept on the CPU.
+
+    Args:
+        args ([`VideoGRPOConfig`]): Size, negative prompt, and what the pipeline is told besides.
+        model ([`VideoModel`]): Encodes.
+    """
+
+    def __init__(self, args: VideoGRPOConfig, model: VideoModel):
+        self.args, self.model = args, model
+        self.kept: OrderedDict[tuple, Condition] = OrderedDict()
+
+    def image(self, row: dict) -> Image.Image | None:
+        """The image that the videos of a row start from, at their size; `None` for text-to-video models."""
+        args = self.args
+        return condition_image(row["image"], args.height, args.width) if self.model.family.image else None
+
+    def encode(self, prompt: str, image: Image.Image | None = None, negative: bool = False) -> Condition:
+        """Encode a prompt at the run's size."""
+        args, kwargs = self.args, condition_kwargs(self.args)
+        size = args.height, args.width, args.num_frames
+        return self.model.condition(prompt, *size, image=image, negative=negative, **kwargs)
+
+    def condition(self, key: int, row: dict, negative: bool = False) -> Condition:
+        """Of a row of the dataset and its number there; `negative` for the other branch of guidance."""
+        prompt = self.args.negative_prompt if negative else row["prompt"]
+        name = (prompt, negative, key if self.model.family.image else None)
+        if name not in self.kept:
+            self.kept[name] = self.encode(prompt, self.image(row), negative).to("cpu")
+            if len(self.kept) > MAX_KEPT:
+                self.kept.popitem(last=False)
+        self.kept.move_to_end(name)
+        return self.kept[name]
 
 
 def as_given(rows: list) -> list:
