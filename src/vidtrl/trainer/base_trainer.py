@@ -31,7 +31,6 @@ from transformers.utils import PushInProgress, logging
 from ..hub.pushing import Pusher
 from ..hub.trainer_card import write_card
 from ..models import VideoModel, check_model
-from ..models.roles import Roles, checkpoint_under
 from .base_config import VideoTrainingConfig
 from .callbacks import EMACallback, ValidationVideoCallback, VideoProgressCallback, VideoTensorBoardCallback
 from .checkpoint import (
@@ -43,19 +42,17 @@ from .checkpoint import (
     write_manifest,
 )
 from .ema import WeightAverage
-from .experts import EXPERTS, Experts, ExpertSwap, by_expert
+from .experts import Experts, ExpertSwap, by_expert
 from .loading import condition_kwargs, fill_shape, load_model
 from .lora import (
     ADAPTER_FILE,
     EXPERT_FILES,
-    active_adapters,
     adapter_summary,
-    add_lora,
     load_adapter,
     load_base_adapters,
-    repeated_blocks,
     save_adapter,
 )
+from .policies import adapters_below, check_arguments, make_policies, set_up_forward, trained_denoisers
 from .sharding import EqualCalls, load_whole_weights, prepare_fsdp, shard_on_cpu, sharding_of, whole_weights
 
 
@@ -105,20 +102,7 @@ class VideoTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         data_collator=None,
     ):
-        if not isinstance(model, (str, os.PathLike, DiffusionPipeline)):
-            raise TypeError(
-                f"model must be a Hub id, a path or a DiffusionPipeline, not {type(model).__name__}. Pass the whole "
-                "pipeline, not its transformer."
-            )
-        if peft_config is not None and not isinstance(peft_config, PeftConfig):
-            raise TypeError(f"peft_config must be a peft.LoraConfig, not {type(peft_config).__name__}")
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            each = dataset.values() if name == "eval_dataset" and isinstance(dataset, dict) else [dataset]
-            for one in each:
-                if one is not None and not isinstance(one, (Dataset, IterableDataset, torch.utils.data.Dataset)):
-                    raise TypeError(
-                        f"{name} must be a datasets.Dataset, not {type(one).__name__}; see datasets.load_dataset"
-                    )
+        check_arguments(model, train_dataset, eval_dataset, peft_config)
         self.args = args
         set_seed(args.seed)  # before PEFT, which draws the initial adapter
         if args.n_gpu > 1:
@@ -129,31 +113,13 @@ class VideoTrainer(Trainer):
 
         self.video_model = self._load_model(model, quantization_config, peft_config)
         pipe, denoisers = self.video_model.pipe, self.video_model.denoisers
-        for name in ("experts", "guidance_scale_2"):
-            if getattr(args, name) is not None and len(denoisers) == 1:
-                raise ValueError(
-                    f"{name}={getattr(args, name)!r} needs a model with two denoisers; {type(pipe).__name__} has one"
-                )
-        # what is trained: the denoiser, or of a two-expert model both or one
-        self.denoiser_names = [EXPERTS[args.experts]] if args.experts in EXPERTS else list(denoisers)
+        self.denoiser_names, self.sigma_range = trained_denoisers(args, self.video_model)
         self.denoiser_name = self.denoiser_names[0]
-        # where it is used: the noisy expert above the boundary, the other one below
-        boundary = self.video_model.boundary
-        self.sigma_range = (0.0, 1.0)
-        if args.experts in EXPERTS:
-            self.sigma_range = (0.0, boundary) if args.experts == "low" else (boundary, 1.0)
+        each = {name: denoisers[name] for name in self.denoiser_names}
         self.swap = ExpertSwap(denoisers, args.device, args.offload_experts)
         self.base_adapters = load_base_adapters(pipe, self.denoiser_names, args.base_adapters or [])
-        # those of earlier stages, that stay under what is trained now
-        below = tuple(dict.fromkeys(a for name in self.denoiser_names for a in active_adapters(denoisers[name])))
-        if below and peft_config is None:
-            raise ValueError(
-                f"the model carries the adapter{'s' if len(below) > 1 else ''} {', '.join(below)}: pass a peft_config to train "
-                "another one on top, or merge with pipe.fuse_lora() and pipe.unload_lora_weights() to train all weights"
-            )
-        self.model_identity = model_identity(
-            type(pipe).__name__, str(pipe.name_or_path or ""), {name: denoisers[name] for name in self.denoiser_names}
-        )
+        below = adapters_below(list(each.values()), adapter=peft_config is not None)
+        self.model_identity = model_identity(type(pipe).__name__, str(pipe.name_or_path or ""), each)
         check_output_dir(args.output_dir, self.model_identity)
         self._place()
         if args.check_model:
@@ -165,29 +131,13 @@ class VideoTrainer(Trainer):
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset)
         self.swap.use(self.denoiser_name)  # an expert that is not trained is only needed for sampling
         set_seed(args.seed)  # whatever the preparation drew, the adapter starts the same
-        self.policies = Roles()
-        each = {name: denoisers[name] for name in self.denoiser_names}
-        if peft_config is not None:
-            each = {name: add_lora(module, peft_config) for name, module in each.items()}
         # DDP wants all that it wraps on the device, until the first step
         alone = self.swap.enabled and args.world_size == 1
-        trained = next(iter(each.values())) if len(each) == 1 else Experts(each, placed=alone)
-        if peft_config is not None:
-            self.policies.add(self._role, trained, (*below, "default"), trained=True)
-            self.policies.add("base", trained, below)
-        else:
-            self.policies.add(self._role, trained, trained=True)
+        trained, self.policies = make_policies(each, peft_config, self._role, below, placed=alone)
         self.swap.keep(self.policies.parameters(self._role).values())
         if not alone and len(each) > 1:
             self.swap.use_all()
-        for module in (denoisers[name] for name in each):
-            # diffusers' method has another name and signature than the one that Trainer.train() would call
-            if args.gradient_checkpointing:
-                module.enable_gradient_checkpointing(checkpoint_under(*self.forward_states()))
-            if args.compile_repeated_blocks:
-                for stack in repeated_blocks(module).values():
-                    for block in stack:
-                        block.compile()
+        set_up_forward(list(each.values()), args, self.forward_states())
         if args.ddp_find_unused_parameters is None:
             # the Trainer has the default False for its own models only; a micro-batch uses one expert of two
             args.ddp_find_unused_parameters = len(each) > 1
