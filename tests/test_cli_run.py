@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -16,11 +17,16 @@ from diffusers import WanPipeline
 from peft import LoraConfig
 from safetensors.torch import load_file
 
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tiny_pipelines  # noqa: E402
+
 from vidtrl import toy
 from vidtrl.cli.errors import UserError
 from vidtrl.cli.main import main
 from vidtrl.cli.run import _apart
-from vidtrl.cli.run_plan import read_pipeline
+from vidtrl.cli.run_plan import Pipeline, Stage, read_pipeline
 from vidtrl.cli.run_result import write_script
 from vidtrl.cli.run_stage import run_process
 from vidtrl.cli.run_state import State, data_digests, identity, output_digest, plan
@@ -325,6 +331,26 @@ def test_the_program_loads_both_experts_of_a_model_with_two(trained):
     text = write_script(pipeline, pipeline.stages).read_text()  # a causal student is no stock pipeline's
     assert 'CausalVideoPipeline.from_pretrained(here / "distill"' in text and "load_lora_weights" not in text
     compile(text, "generate.py", "exec")
+
+
+def test_the_program_of_an_image_to_video_model_takes_an_image(tmp_path, monkeypatch):
+    pipe, call = tiny_pipelines.wan_i2v()
+    pipe.save_pretrained(tmp_path / "model")
+    (tmp_path / "sft").mkdir()
+    save_adapter(add_lora(pipe.transformer, LoraConfig(r=2)), tmp_path / "sft")
+    settings = {"height": 16, "width": 32, "num_frames": 5, "max_sequence_length": 16, "fps": 8}
+    settings["pipeline_kwargs"] = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    stage = Stage("sft", tmp_path / "sft", settings, {})
+    path = write_script(Pipeline(str(tmp_path / "model"), tmp_path, [stage]), [stage])
+    call["image"].resize((40, 40)).save(tmp_path / "image.png")
+    arguments = ["a red ball", str(tmp_path / "video.mp4")]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
+    with pytest.raises(SystemExit):  # no image
+        runpy.run_path(str(path))
+    monkeypatch.setattr(sys, "argv", ["generate.py", *arguments, "--image", str(tmp_path / "image.png")])
+    used = runpy.run_path(str(path))
+    assert used["image"].size == (32, 16) and used["prompt"] == "a red ball" and len(used["video"]) == 5
+    assert (tmp_path / "video.mp4").stat().st_size > 0
 
 
 # ---- Processes ----

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from ..models.families import FAMILIES, Family
 from ..trainer.lora import ADAPTER_FILE, EXPERT_FILES
 from .run_plan import Pipeline, Stage
 from .run_state import State, output_files
@@ -10,27 +11,37 @@ from .run_state import State, output_files
 
 SIZE = ("height", "width", "num_frames", "max_sequence_length")
 
-SCRIPT = '''"""Generate with what vidtrl run trained: python generate.py "a prompt" [video.mp4]
+SCRIPT = '''"""Generate with what vidtrl run trained: python generate.py "a prompt" [video.mp4]{usage}
 
 {what}
 """
 
-import sys
-from pathlib import Path
+import argparse
+{system}from pathlib import Path
 
 import torch
-{imports}from diffusers.utils import encode_video
-{vidtrl}
+{imports}from diffusers.utils import {utils}
+{pillow}{vidtrl}
 
 here = Path(__file__).parent
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = torch.bfloat16 if device == "cuda" else torch.float32
-prompt, path = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "video.mp4"
-{enhancer}{load}pipe.to(device)
+parser = argparse.ArgumentParser(description="Generate with what vidtrl run trained.")
+parser.add_argument("prompt")
+parser.add_argument("path", nargs="?", default="video.mp4")
+{option}args = parser.parse_args()
+prompt = args.prompt
+{enhancer}{image}{load}pipe.to(device)
 
 video = {sample}
-encode_video(video, fps={fps}, output_path=path)
+encode_video(video, fps={fps}, output_path=args.path)
 '''
+OPTION = """parser.add_argument("--image", required=True, help="what the video starts from: a file or a URL")
+"""
+IMAGE = """image = load_image(args.image)
+"""
+FITTED = """image = ImageOps.fit(load_image(args.image), ({width}, {height}))  # covers the size, and is cropped to it
+"""
 ENHANCER = """
 prompt = PromptEnhancer.from_pretrained(here / "prompt")(prompt)
 print(prompt)
@@ -78,9 +89,16 @@ def write_script(pipeline: Pipeline, finished: list[Stage]) -> Path | None:
     lines = [f"pipe.load_lora_weights({adapter!r}, adapter_name={name!r})" for name, adapter in base.items()]
     lines += [line for stage in video for line in _loading(stage)]
     names = [*base, *(stage.name for stage in video)]
+    family = _family(pipeline.model, settings.get("model_revision"))
+    if "num_frames" in call and not causal:
+        call[family.frames_argument] = call.pop("num_frames")
     model = str(Path(pipeline.model).resolve()) if Path(pipeline.model).is_dir() else pipeline.model
     stack = STACK.format(model=json.dumps(model), adapters="\n".join(lines), names=names)
-    call = f"prompt, {', '.join(f'{name}={value!r}' for name, value in call.items())}"
+    image = ""
+    if family.image:
+        image = FITTED.format(**call) if call.keys() >= {"height", "width"} else IMAGE
+    given = "image=image, prompt=prompt" if image else "prompt=prompt"  # by name: either may be the pipeline's first
+    call = ", ".join([given, *(f"{name}={value!r}" for name, value in call.items())])
     call += ', generator=torch.Generator("cpu").manual_seed(0)'
     used = ["CausalVideoPipeline"] if causal else []
     used += ["PromptEnhancer"] if "prompt" in trained else []
@@ -93,7 +111,13 @@ def write_script(pipeline: Pipeline, finished: list[Stage]) -> Path | None:
     what += ", behind the trained prompt enhancer" if "prompt" in trained else ""
     text = SCRIPT.format(
         what=f"{what}.",
+        usage=" --image image.png" if image else "",
+        option=OPTION if image else "",
+        image=image,
+        system="import sys\n" if student and not causal else "",
         imports="" if causal else "from diffusers import DiffusionPipeline\n",
+        utils="encode_video, load_image" if image else "encode_video",
+        pillow="from PIL import ImageOps\n" if "ImageOps" in image else "",
         vidtrl=f"from vidtrl import {', '.join(used)}\n" if used else "",
         enhancer=ENHANCER if "prompt" in trained else "",
         load=CAUSAL if causal else stack + (SCHEDULER if student else ""),
@@ -103,6 +127,14 @@ def write_script(pipeline: Pipeline, finished: list[Stage]) -> Path | None:
     path = pipeline.output_dir / "generate.py"
     path.write_text(text)
     return path
+
+
+def _family(model: str, revision: str | None) -> Family:
+    """What the pipeline's call takes."""
+    from diffusers import DiffusionPipeline
+
+    name = DiffusionPipeline.load_config(model, revision=revision)["_class_name"]
+    return next(family for family in FAMILIES if name in family.pipelines)  # rows of one class agree about it
 
 
 def _loading(stage: Stage) -> list[str]:
@@ -144,7 +176,10 @@ def print_summary(pipeline: Pipeline, finished: list[Stage], state: State, scrip
         print(f"not finished: {', '.join(left)}")
     print("use it:")
     if script is not None:
-        print(f'  python {script} "a prompt" video.mp4   # a short program; read it to load the result into your own')
+        image = " --image image.png" if '"--image"' in script.read_text() else ""
+        print(
+            f'  python {script} "a prompt" video.mp4{image}   # a short program; read it to load the result into your own'
+        )
     video = [str(stage.folder) for stage in finished if stage.name != "prompt"]
     if any(stage.name == "distill" for stage in finished):
         print(f"  vidtrl benchmark {pipeline.output_dir / 'distill'}   # vidtrl.load_student loads the same folder")
