@@ -201,8 +201,8 @@ def test_what_no_block_can_see_leaves_memory():
     for _ in range(8):
         with torch.no_grad(), causal.cached(cache, store=True):
             model.velocity(randn(condition, 2), 0.0, condition)
-    assert [(b.start, b.stop) for b in cache._blocks] == [(0, 2), (12, 14), (14, 16)]
-    assert not any(t.requires_grad for block in cache._blocks for pair in block.layers for t in pair)
+    assert [(b.start, b.stop) for b in cache.blocks] == [(0, 2), (12, 14), (14, 16)]
+    assert not any(t.requires_grad for block in cache.blocks for pair in block.layers for t in pair)
     with pytest.raises(ValueError, match="enlarge the window"), torch.no_grad(), causal.cached(cache):
         model.velocity(randn(condition, 5), 0.0, condition)
     for window, sink in ((3, 3), (2, 3), (None, -1)):
@@ -242,7 +242,7 @@ def test_bfloat16():
     for block in x.split(2, 2):
         with torch.no_grad(), causal.cached(cache, store=True):
             parts.append(model.velocity(block, 0.5, condition))
-    assert cache._blocks[0].layers[0][0].dtype == torch.bfloat16
+    assert cache.blocks[0].layers[0][0].dtype == torch.bfloat16
     assert distance(one_pass, torch.cat(parts, 2)) < 0.03 * float(one_pass.abs().max())
 
 

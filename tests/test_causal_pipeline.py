@@ -203,7 +203,7 @@ def test_endless_streams_keep_bounded_memory_and_outlive_the_models_positions():
     cached, tensors = [], []
     for _, latents in zip(range(30), stream, strict=False):  # 60 latent frames through 16 positions
         tensors.append(weakref.ref(latents))
-        cached.append(sum(k.numel() + v.numel() for block in stream._cache._blocks for k, v in block.layers))
+        cached.append(sum(k.numel() + v.numel() for block in stream._cache.blocks for k, v in block.layers))
         assert latents.isfinite().all() and stream._position <= 16
     del latents
     gc.collect()

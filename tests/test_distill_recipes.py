@@ -414,7 +414,7 @@ def test_the_sink_and_the_tail_are_at_their_positions(tmp_path, cache_dir):
     stream, cache = trainer.streams.streams[0], KVCache(3, 1)
     assert stream.tail.shape[2] == 1 and torch.equal(stream.tail, x[:, :, 6:])
     trainer._remember(stream, cache, inputs["condition"], None)
-    assert cache.num_frames == 7 and [(b.start, b.stop) for b in cache._blocks] == [(0, 1), (6, 7)]
+    assert cache.num_frames == 7 and [(b.start, b.stop) for b in cache.blocks] == [(0, 1), (6, 7)]
 
 
 def test_a_broken_video_is_not_continued(tmp_path, cache_dir):

@@ -114,6 +114,8 @@ class KVCache:
 
     Attributes:
         num_frames: latent frames seen so far: the position of the next block's first frame.
+        blocks: those that later ones can still see, each with `start` and `stop` (latent frames) and `layers`, (keys,
+            values) of each.
 
     Raises:
         ValueError: a window that has no room besides its sink.
@@ -127,14 +129,14 @@ class KVCache:
     def reset(self, num_frames: int = 0) -> None:
         """Forget everything; the next block's first frame gets the position `num_frames`."""
         self.num_frames = self._first = num_frames
-        self._blocks: tuple[_Block, ...] = ()
+        self.blocks: tuple[_Block, ...] = ()
         self._text = _Text()
 
     def _append(self, frames: int, layers: tuple[tuple[Tensor, Tensor], ...]) -> None:
-        blocks = (*self._blocks, _Block(self.num_frames, self.num_frames + frames, layers))
+        blocks = (*self.blocks, _Block(self.num_frames, self.num_frames + frames, layers))
         self.num_frames += frames
         ranges = visible_frames(self.num_frames + 1, self.window, self.sink, self._first)
-        self._blocks = tuple(b for b in blocks if any(b.start < stop and start < b.stop for start, stop in ranges))
+        self.blocks = tuple(b for b in blocks if any(b.start < stop and start < b.stop for start, stop in ranges))
 
 
 @dataclass
@@ -345,7 +347,7 @@ class CausalAttention:
             sink=cache.sink,
             first=cache._first,
             offset=cache.num_frames,
-            past=cache._blocks,
+            past=cache.blocks,
             text=cache._text,
             stored={} if store else None,
         )

@@ -39,6 +39,7 @@ class VideoModel:
         boundary: sigma from which on "transformer" is used and below which "transformer_2"; None with one expert.
         frame_multiple, frame_offset: valid frame counts are frame_offset + k * frame_multiple.
         pixel_multiple: height and width must be multiples of it.
+        latent_channels: of the VAE.
         per_sample_sigma: whether `velocity` takes a different sigma per clip.
         embedded_guidance: what a model that takes guidance as an input (HunyuanVideo) is told; 1.0, the value models are
             trained with, until it is set.
@@ -96,7 +97,7 @@ class VideoModel:
     def _setup_vae(self, vae: nn.Module) -> None:
         # LTX keeps the statistics in buffers, the others in the config
         stats = {**vae.config, **dict(vae.named_buffers())}
-        self._channels = int(stats.get("z_dim") or stats["latent_channels"])
+        self.latent_channels = int(stats.get("z_dim") or stats["latent_channels"])
         self._latents_mean, self._latents_scale = torch.zeros(1), torch.ones(1)
         if self.family.normalize:
             self._latents_scale = self._latents_scale * (stats.get("scaling_factor") or 1.0)
@@ -198,7 +199,7 @@ class VideoModel:
                 f"{self.pixel_multiple}; the nearest is {size[0]}x{size[1]}."
             )
         latent_frames = (num_frames - self.family.frame_offset) // self.temporal_factor + self.family.frame_offset
-        return self._channels, latent_frames, height // self.spatial_factor, width // self.spatial_factor
+        return self.latent_channels, latent_frames, height // self.spatial_factor, width // self.spatial_factor
 
     @torch.no_grad()
     def condition(

@@ -25,6 +25,7 @@ from ..models.roles import Roles, checkpoint_under
 from ..rollout.causal import causal_rollout
 from ..rollout.sampling import guided_velocity
 from .base_config import VideoTrainingConfig
+from .clip_config import ClipConfig
 from .distill_config import VideoDistillConfig
 from .ema import WeightAverage
 from .experts import EXPERTS
@@ -103,7 +104,7 @@ class Run:
     def _size(self) -> tuple[int, int, int]:
         """(frames, height, width) of the largest batch."""
         args, model = self.args, self.model
-        rules = args.shape_rules() if hasattr(args, "shape_rules") else {}
+        rules = args.shape_rules() if isinstance(args, ClipConfig) else {}
         if rules.get("buckets"):
             return max(rules["buckets"], key=lambda b: b[0] * b[1] * b[2])
         if rules.get("resolution"):
@@ -550,7 +551,7 @@ def _causal_sample(run: Run, batch: int, grad: bool) -> Tensor:
 
 
 def _own_cache(run: Run, cache: KVCache) -> None:
-    run.trace.own((t for block in cache._blocks for pair in block.layers for t in pair), "kv_cache")
+    run.trace.own((t for block in cache.blocks for pair in block.layers for t in pair), "kv_cache")
 
 
 PHASES = {"sft": sft_phases, "grpo": grpo_phases, "distill": distill_phases}

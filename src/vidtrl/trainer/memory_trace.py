@@ -259,7 +259,7 @@ def _vae_stub(model: VideoModel):
         batch, _, frames, height, width = pixels.shape
         _, f, h, w = model.latent_shape(model.nearest_frames(frames), *model.nearest_size(height, width))
         f = 1 if frames == 1 else f
-        moments = torch.zeros(batch, 2 * model._channels, f, h, w, dtype=pixels.dtype)
+        moments = torch.zeros(batch, 2 * model.latent_channels, f, h, w, dtype=pixels.dtype)
         return SimpleNamespace(latent_dist=DiagonalGaussianDistribution(moments))
 
     return encode
