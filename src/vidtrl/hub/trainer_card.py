@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..trainer.lora import ADAPTER_FILE, BaseAdapter, lora_loader
+from ..trainer.sampling import sampling_arguments
 from .model_card import build_model_card, is_hub_id, last_validation_videos, licence_of, training_settings
 from .run_summary import evaluation, first_and_last, rewards, write_curves
 
@@ -47,7 +48,7 @@ def write_card(
         dataset_name=dataset_name,
         tags=[*trainer._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
         settings=settings | _data(trainer) | _reward_weights(trainer),
-        generation=trainer._card_generation(),
+        generation=_generation(trainer),
         fps=trainer.validation_fps(),
         sample_videos=last_validation_videos(args.output_dir),
         # a Hub id's licence is asked for when the card goes up
@@ -93,9 +94,14 @@ def bring_adapters(adapters: Sequence[BaseAdapter], output_dir: str | os.PathLik
     return brought
 
 
+def _generation(trainer: "VideoTrainer") -> dict[str, Any]:
+    names = ("height", "width", trainer.video_model.family.frames_argument)
+    return dict(zip(names, trainer.validation_shape(), strict=True)) | sampling_arguments(trainer.args)
+
+
 def _data(trainer: "VideoTrainer") -> dict[str, Any]:
     dataset = trainer.train_dataset
-    return {"training data": f"{len(dataset)} rows"} if hasattr(dataset, "__len__") else {}
+    return {"training data": f"{len(dataset)} rows"} if isinstance(dataset, Sized) else {}
 
 
 def _reward_weights(trainer: "VideoTrainer") -> dict[str, Any]:

@@ -22,8 +22,7 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
-from transformers.integrations import TensorBoardCallback
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import PushInProgress, logging
@@ -32,7 +31,7 @@ from ..hub.pushing import Pusher
 from ..hub.trainer_card import write_card
 from ..models import VideoModel, check_model
 from .base_config import VideoTrainingConfig
-from .callbacks import EMACallback, ValidationVideoCallback, VideoProgressCallback, VideoTensorBoardCallback
+from .callbacks import EMACallback, use_video_callbacks
 from .checkpoint import (
     check_output_dir,
     claim_output_dir,
@@ -53,6 +52,7 @@ from .lora import (
     save_adapter,
 )
 from .policies import adapters_below, check_arguments, make_policies, set_up_forward, trained_denoisers
+from .sampling import pipeline_call, sample_videos
 from .sharding import EqualCalls, load_whole_weights, prepare_fsdp, shard_on_cpu, sharding_of, whole_weights
 
 
@@ -177,15 +177,7 @@ class VideoTrainer(Trainer):
                     "ema_decay does not work with sharded weights (FSDP, DeepSpeed); leave it unset, or set it to 0 if a recipe fills it"
                 )
             self.add_callback(EMACallback(self.average, self.updates))
-        # the Trainer's TensorBoard callback needs a transformers configuration
-        tensorboard = self.pop_callback(TensorBoardCallback)
-        if tensorboard is not None:
-            self.add_callback(VideoTensorBoardCallback(tensorboard.tb_writer))
-        self.pop_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
-        if not args.disable_tqdm:
-            self.add_callback(VideoProgressCallback())
-        if args.validation_steps is not None:
-            self.add_callback(ValidationVideoCallback(self, self.validation_prompts()))
+        use_video_callbacks(self)
 
     # ---- Sharded weights ----
 
@@ -356,32 +348,9 @@ class VideoTrainer(Trainer):
         Returns:
             `list[torch.Tensor]`: float32 tensors (F, C, H, W) in [0, 1] on the CPU.
         """
-        args = self.args
-        height, width, num_frames = self.validation_shape()
-        family = self.video_model.family
-        call = {**family.call, **(args.pipeline_kwargs or {}), "height": height, "width": width, "output_type": "pt"}
-        call[family.frames_argument] = num_frames
-        for name, value in (
-            ("max_sequence_length", args.max_sequence_length),
-            ("num_inference_steps", args.validation_num_inference_steps),
-            ("guidance_scale", args.validation_guidance_scale),
-            ("guidance_scale_2", args.guidance_scale_2),
-        ):
-            if value is not None:
-                call[name] = value
-        call |= overrides
-        videos = []
+        call = {**pipeline_call(self.args, self.video_model, self.validation_shape()), **overrides}
         with self.sampling() as pipe:
-            pipe.set_progress_bar_config(disable=True)
-            for start in range(0, len(prompts), batch_size):
-                part = slice(start, start + batch_size)
-                batch = {"prompt": prompts[part], "generator": [torch.Generator().manual_seed(s) for s in seeds[part]]}
-                if images is not None:
-                    batch["image"] = images[part]
-                if batch_size == 1:  # not every pipeline takes lists
-                    batch = {name: values[0] for name, values in batch.items()}
-                videos += pipe(**batch, **call).frames.float().cpu()
-        return videos
+            return sample_videos(pipe, prompts, seeds, images, batch_size, **call)
 
     def end(self) -> None:
         super().end()
@@ -712,16 +681,6 @@ class VideoTrainer(Trainer):
     def card_usage(self) -> str | None:
         """The card's snippet, where the stock pipeline's call is not how to sample what was trained."""
         return None
-
-    def _card_generation(self) -> dict[str, Any]:
-        args = self.args
-        names = ("height", "width", self.video_model.family.frames_argument)
-        generation = dict(zip(names, self.validation_shape(), strict=True))
-        generation["num_inference_steps"] = args.validation_num_inference_steps
-        generation["guidance_scale"] = args.validation_guidance_scale
-        generation["guidance_scale_2"] = args.guidance_scale_2
-        generation["max_sequence_length"] = args.max_sequence_length
-        return {name: value for name, value in generation.items() if value is not None}
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As [`~transformers.Trainer.init_hf_repo`]; the branch `hub_revision` is created as well."""

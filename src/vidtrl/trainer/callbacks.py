@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from ..data.video import read_video, write_video
@@ -162,6 +162,20 @@ class VideoTensorBoardCallback(TensorBoardCallback):
         super().on_train_begin(args, state, control, **kwargs)
         if self.tb_writer is not None:
             self.tb_writer.add_text("model_config", json.dumps(dict(model.config), default=str, indent=2))
+
+
+def use_video_callbacks(trainer: "VideoTrainer") -> None:
+    """Put callbacks that know videos in the place of the Trainer's own, and add the one for validation videos if asked for."""
+    args = trainer.args
+    # the Trainer's TensorBoard callback needs a transformers configuration
+    tensorboard = trainer.pop_callback(TensorBoardCallback)
+    if tensorboard is not None:
+        trainer.add_callback(VideoTensorBoardCallback(tensorboard.tb_writer))
+    trainer.pop_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
+    if not args.disable_tqdm:
+        trainer.add_callback(VideoProgressCallback())
+    if args.validation_steps is not None:
+        trainer.add_callback(ValidationVideoCallback(trainer, trainer.validation_prompts()))
 
 
 def log_videos(
