@@ -1,5 +1,6 @@
 """`vidtrl run`: the file, the plan, and all four stages as real processes: stopped, continued, changed, done again."""
 
+import importlib.util
 import json
 import os
 import runpy
@@ -26,7 +27,8 @@ from vidtrl import toy
 from vidtrl.cli.errors import UserError
 from vidtrl.cli.main import main
 from vidtrl.cli.run import _apart
-from vidtrl.cli.run_plan import Pipeline, Stage, read_pipeline
+from vidtrl.cli.run_memory import estimated_memory
+from vidtrl.cli.run_plan import Pipeline, Stage, parse_stage, read_pipeline
 from vidtrl.cli.run_result import write_script
 from vidtrl.cli.run_stage import run_process
 from vidtrl.cli.run_state import State, data_digests, identity, output_digest, plan
@@ -229,7 +231,10 @@ def test_dry_run_without_the_model_or_data(here, capsys):
     path = write(model="nobody/no-such-model", stages__sft__dataset_name="./nowhere", shared__bf16=True)
     assert main(["run", "--config", path, "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("unknown: ") == 4 and "missing stages.sft.dataset_name: './nowhere' does not exist" in shown
+    assert (
+        shown.count("unknown: OSError: ") + shown.count("unknown: ValueError: ") == 4
+        and "missing stages.sft.dataset_name: './nowhere' does not exist" in shown
+    )
     assert "bf16: true  # shared" in shown
 
 
@@ -240,6 +245,30 @@ def test_the_example_is_valid(monkeypatch, capsys):
     assert main(["run", "--config", "pipeline.yaml", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert 'recipe: "flash-grpo"  # stage' in shown and "4 stages, in wan-four-stages" in shown
+
+
+def test_a_bug_in_the_estimate_is_raised(here):
+    pipeline = read_pipeline(write())
+    texts = estimated_memory(pipeline, {stage.name: parse_stage(stage, dry_run=True) for stage in pipeline.stages})
+    assert not any(text.startswith("unknown") for text in texts.values())
+    with pytest.raises(KeyError):  # nothing was parsed
+        estimated_memory(pipeline, {})
+
+
+@pytest.mark.parametrize("name", ["run", "run_stage", "run_state"])
+def test_windows_can_import_it_and_is_told_what_to_do(here, monkeypatch, capsys, name):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    for missing in ("SIGHUP", "SIGKILL"):
+        monkeypatch.delattr(signal, missing)
+    spec = importlib.util.spec_from_file_location(
+        f"vidtrl.cli._{name}", ROOT / "src" / "vidtrl" / "cli" / f"{name}.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert main(["run", "--config", write()]) == 2
+    assert "start it in WSL" in error_line(capsys) and not Path("out").exists()
 
 
 # ---- The plan ----

@@ -67,6 +67,11 @@ def make_parser() -> Parser:
 def run(argv: Sequence[str]) -> int:
     """Run, or describe, the pipeline of a file."""
     args = make_parser().parse_args(argv)
+    if sys.platform == "win32" and not args.dry_run:
+        raise UserError(
+            "vidtrl run stops and locks its stages with the process groups and file locks of POSIX, which Windows lacks: "
+            "start it in WSL, or start the commands that --dry-run prints one by one"
+        )
     pipeline = read_pipeline(args.config)
     names = [stage.name for stage in pipeline.stages]
     selected = [name for name in names if name in args.stages] if args.stages else names

@@ -40,10 +40,9 @@ def estimated_memory(pipeline: Pipeline, parsed: dict[str, tuple]) -> dict[str, 
                 text += f"\nand {size:.2f} GB for the adapters of {', '.join(absent)}, which are not there to be counted yet"
             texts[stage.name] = text
             below[stage.name] = found.parts.get("adapters", 0)
-        except (
-            Exception
-        ) as error:  # the plan is worth reading without it: no network, a family that is not supported, ...
-            texts[stage.name] = f"unknown: {' '.join(str(error).split())}"
+        # the plan is worth reading without it: no network, a family that is not supported, ...
+        except (OSError, ValueError, ImportError, NotImplementedError) as error:
+            texts[stage.name] = f"unknown: {type(error).__name__}: {' '.join(str(error).split())}"
     return texts
 
 

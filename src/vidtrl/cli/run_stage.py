@@ -23,7 +23,7 @@ from .run_state import newest_checkpoint
 
 
 GRACE = 30.0  # seconds for a stage's processes to leave after its launcher has
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)  # what the first, second and third Ctrl-C send
+STOPPING = ("SIGINT", "SIGTERM", "SIGKILL")  # what the first, second and third Ctrl-C send; by name: Windows lacks one
 # a line that says what went wrong, in the log of one or several ranks
 ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?(vidtrl: error: .+|[\w.]*(?:Error|Exception)\b.*)$", re.MULTILINE)
 LAUNCHERS = ("CalledProcessError", "ChildFailedError")  # theirs, which follow the stage's own
@@ -92,7 +92,7 @@ def run_process(command: list[str], log: Path, lock: int, started: Callable[[int
     def stop(number, frame):
         told.append(number)
         if process is not None:
-            _signal(process.pid, STOPPING[min(len(told), len(STOPPING)) - 1])
+            _signal(process.pid, signal.Signals[STOPPING[min(len(told), len(STOPPING)) - 1]])
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:

@@ -1,6 +1,5 @@
 """What `vidtrl run` remembers in its output directory, and what follows for each stage."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -257,6 +256,8 @@ def lock(output: Path) -> int:
     Raises:
         [`UserError`]: If another one is at work there.
     """
+    import fcntl  # POSIX has it, see `run`
+
     output.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(output / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
