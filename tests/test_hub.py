@@ -8,7 +8,9 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Video
@@ -401,11 +403,13 @@ def test_preferences_and_clips_from_rows(hub, tmp_path):  # noqa: F811
     rows = [
         {"prompt": "a cat", "chosen": str(a), "rejected": {"path": None, "bytes": b.read_bytes()}, "axis": "overall"}
     ]
+    rows[0] |= {"votes": torch.tensor([3, 1]), "margin": np.float32(0.5), "judge": SimpleNamespace(item="a name")}
     push_preferences(rows, "me/preferences", private=True)
     repo = hub.repo("me/preferences", "dataset")
     (row,) = [json.loads(line) for line in repo.files()["metadata.jsonl"].decode().splitlines()]
     assert repo.private and repo.files()[row["chosen_file_name"]] == a.read_bytes()
     assert repo.files()[row["rejected_file_name"]] == b.read_bytes() and row["axis"] == "overall"
+    assert (row["votes"], row["margin"], row["judge"]) == ([3, 1], 0.5, "namespace(item='a name')")
 
     dataset = Dataset.from_dict({"prompt": ["one", "two"], "video": [str(a), str(b)], "score": [float("nan"), 1.0]})
     push_sft(dataset.cast_column("video", Video(decode=False)), "me/clips")

@@ -33,7 +33,7 @@ from vidtrl import (  # noqa: E402
 )
 from vidtrl.cli.estimate import find_trainer  # noqa: E402
 from vidtrl.cli.main import main  # noqa: E402
-from vidtrl.trainer.memory import PARTS, alternatives, estimate  # noqa: E402
+from vidtrl.trainer.memory import PARTS, alternatives, as_config, estimate  # noqa: E402
 from vidtrl.trainer.memory_trace import MemoryTrace  # noqa: E402
 
 
@@ -346,6 +346,22 @@ def test_a_run_is_planned_for_devices_that_are_not_here():
     assert estimate("grpo", config, toy.pipeline_path(), peft_config=LORA, num_processes=8).num_processes == 8
     with pytest.raises(ValueError, match="multiple of num_generations"):
         estimate("grpo", config, toy.pipeline_path(), peft_config=LORA)
+
+
+@pytest.mark.parametrize(
+    ("given", "bf16"),
+    [
+        ({}, True),
+        ({"use_cpu": False}, True),
+        ({"fp16": False}, True),
+        ({"use_cpu": True}, False),
+        ({"fp16": True}, False),
+        ({"bf16": False, "use_cpu": False}, False),
+    ],
+)
+def test_precision_is_that_of_an_accelerator_unless_it_is_said(given, bf16):
+    config = as_config("sft", {**SIZE, **given})
+    assert config.bf16 == bf16 and config.use_cpu == given.get("use_cpu", False)
 
 
 def test_alternatives_are_estimates_of_their_own():

@@ -13,6 +13,8 @@ from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+import torch
 from datasets import Dataset, IterableDataset, Video
 from huggingface_hub import CommitInfo, DatasetCard, DatasetCardData, HfApi
 
@@ -245,8 +247,8 @@ def _plain(value: Any) -> Any:
         return {str(name): _plain(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
-    if hasattr(value, "item"):  # a scalar of numpy or torch
-        return _plain(value.item())
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
+        return _plain(value.tolist())
     return str(value)
 
 

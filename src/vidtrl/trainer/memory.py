@@ -194,7 +194,7 @@ def as_config(
     if isinstance(config, dict):
         given = {"output_dir": "estimate", "report_to": [], **config}
         config = planned_config(CONFIGS[trainer], num_processes)(**{**given, "use_cpu": True})
-        if not {"bf16", "fp16", "use_cpu"} & {name for name, value in given.items() if value is not None}:
+        if given.get("bf16") is None and not given.get("fp16") and not given.get("use_cpu"):
             config.bf16 = True
         config.use_cpu = bool(given.get("use_cpu"))  # what it was made with only keeps it from looking for a device
     if not isinstance(config, CONFIGS[trainer]):
