@@ -272,7 +272,6 @@ def test_smoke_judged_grpo(tmp_path):
     loads(toy_pipe(), out)
 
 
-@pytest.mark.slow
 def test_smoke_distillation(tmp_path):
     """Two processes; the student is sampled by the stock pipeline in its four steps."""
     from vidtrl import load_student
