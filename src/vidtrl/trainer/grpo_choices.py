@@ -1,5 +1,7 @@
 """What a GRPO run decides by itself where its configuration leaves it open, and says in the log (`log_level="info"`)."""
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,8 +16,20 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+CHOICES = "grpo_choices.json"
 ONE_STEP = ("single", "merged", "branch", "granular")  # schedules in which each video draws noise at one step
 HEADROOM = 0.9  # of the free memory: allocators lose some to fragmentation, and clips differ in their text
+
+
+def save_choices(directory: Path, **chosen: bool | None) -> None:
+    """Write into a checkpoint what was chosen where the configuration left it open."""
+    (directory / CHOICES).write_text(json.dumps(chosen))
+
+
+def load_choices(directory: Path) -> dict[str, bool | None]:
+    """Read back what [`save_choices`] wrote, if it did."""
+    chosen = directory / CHOICES
+    return json.loads(chosen.read_text()) if chosen.is_file() else {}
 
 
 def choose_reuse(args: VideoGRPOConfig, *, own_reference: bool, whole: bool, dropout: bool) -> bool:

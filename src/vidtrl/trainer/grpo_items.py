@@ -1,12 +1,13 @@
 """What the micro-batches of GRPO train on, and how those of a generation are shared out over updates and processes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..models import VideoModel
 from ..rollout.branching import Decision
 from .grpo_config import VideoGRPOConfig
 
@@ -35,6 +36,28 @@ class Item:
     def noise_level(self) -> float:
         """The sigma at which it is trained."""
         return self.sigma if self.decision is None else self.decision.sigma
+
+
+def noised(
+    model: VideoModel, latent_shape: tuple[int, ...], number: int, times: tuple[float, float], source: torch.Generator
+) -> Iterator[tuple[float, Tensor]]:
+    """
+    Noise levels and noise at which a finished video is trained on, stratified over the training times.
+
+    Args:
+        model ([`VideoModel`]): Its `training_sigma` turns times u into noise levels.
+        latent_shape (`tuple[int, ...]`): Of the video.
+        number (`int`): Of noise levels.
+        times (`tuple[float, float]`): The smallest and largest u.
+        source (`torch.Generator`): Of both; on the CPU.
+    """
+    low, high = times
+    for j in range(number):
+        u = low + (high - low) * (j + torch.rand(1, generator=source)) / number
+        yield (
+            model.training_sigma(u, latent_shape).clamp(min=1e-4).item(),
+            torch.randn(latent_shape, generator=source),
+        )
 
 
 def micro_batches(

@@ -16,8 +16,6 @@ Left out: learned rewards' gradients (ReFL), per-token entropy terms, rollout en
 """
 
 import contextlib
-import hashlib
-import json
 import os
 import random
 import time
@@ -52,10 +50,10 @@ from .completions import CompletionLog
 from .draws import draw_seed
 from .ema import WeightAverage
 from .grpo_checks import check_arguments, check_denoisers, check_on_policy, check_sharded
-from .grpo_choices import choose_batch_guidance, choose_reuse
+from .grpo_choices import choose_batch_guidance, choose_reuse, load_choices, save_choices
 from .grpo_config import VideoGRPOConfig
 from .grpo_evaluation import evaluate_prompts
-from .grpo_items import Item, micro_batches, share_out
+from .grpo_items import Item, micro_batches, noised, share_out
 from .grpo_logging import GenerationMetrics, log_completions
 from .grpo_plans import (
     check_schedule,
@@ -66,12 +64,19 @@ from .grpo_plans import (
     trained_steps,
     training_times,
 )
-from .prompt_batches import EncodedPrompts, PromptRows, as_given, generation_sampler, members_here, prompts_with_images
+from .prompt_batches import (
+    EncodedPrompts,
+    as_given,
+    generation_sampler,
+    members_here,
+    prompt_loader,
+    prompts_with_images,
+    row_of_prompt,
+    summary_of_prompts,
+)
 
 
 logger = logging.get_logger(__name__)
-
-CHOICES = "grpo_choices.json"  # in checkpoints: what was chosen where the configuration left it open
 
 
 class VideoGRPOTrainer(VideoTrainer):
@@ -84,20 +89,15 @@ class VideoGRPOTrainer(VideoTrainer):
         reward_funcs (`Callable`, `str` or a list of them):
             Called with keywords `prompts`, `videos` (list of float32 tensors (F, C, H, W) in [0, 1]) and every other
             column of the dataset; each returns one float (or `None`) per video. A `str` names a built-in reward.
-        args ([`VideoGRPOConfig`], *optional*):
-            Configuration. Default: the paper's, at the pipeline's own size.
+        args ([`VideoGRPOConfig`], *optional*): Default: the paper's configuration, at the pipeline's own size.
         train_dataset (`Dataset` or `IterableDataset`):
             A column `prompt`, `image` for image-to-video models, and any columns for the rewards.
         eval_dataset (`Dataset`, `IterableDataset` or a dict of them, *optional*):
             Prompts of the evaluation: fixed seeds, the pipeline's own solver.
-        callbacks (`list[TrainerCallback]`, *optional*):
-            Added to the default ones.
-        optimizers (`tuple`, *optional*):
-            Optimizer and scheduler; default: AdamW and what `args` says.
-        quantization_config (*optional*):
-            A diffusers quantisation configuration, used while loading `model` (an id or path).
-        peft_config (`LoraConfig`, *optional*):
-            Train an adapter; `None` trains all weights of the denoiser.
+        callbacks (`list[TrainerCallback]`, *optional*): Added to the default ones.
+        optimizers (`tuple`, *optional*): Optimizer and scheduler; default: AdamW and what `args` says.
+        quantization_config (*optional*): A diffusers quantisation configuration, used while loading `model` (an id or path).
+        peft_config (`LoraConfig`, *optional*): Train an adapter; `None` trains all weights of the denoiser.
         eval_reward_funcs (`list`, *optional*):
             Rewards that evaluation reports and training never sees: where reward hacking shows.
 
@@ -221,8 +221,7 @@ class VideoGRPOTrainer(VideoTrainer):
 
     def data_summary(self) -> dict:
         """What decides which prompts each generation sees."""
-        digest = hashlib.sha256(json.dumps(self.train_dataset["prompt"][:]).encode())
-        return {"num_prompts": len(self.train_dataset), "sha256 of prompts": digest.hexdigest()[:16]}
+        return summary_of_prompts(self.train_dataset["prompt"][:])
 
     def _identity(self) -> dict:
         return {**super()._identity(), "method": {"recipe": self.args.recipe, "loss_type": self.args.loss_type}}
@@ -230,15 +229,15 @@ class VideoGRPOTrainer(VideoTrainer):
     def validation_prompts(self) -> list[str]:
         if self.args.validation_prompts:
             return self.args.validation_prompts
-        dataset = self.eval_dataset if isinstance(self.eval_dataset, Dataset) else self.train_dataset
-        return list(dict.fromkeys(dataset["prompt"]))[: self.args.num_validation_videos]
+        return list(dict.fromkeys(self._shown()["prompt"]))[: self.args.num_validation_videos]
 
     def validation_image(self, index: int):
-        if not self.video_model.family.image:
-            return None
-        dataset = self.eval_dataset if isinstance(self.eval_dataset, Dataset) else self.train_dataset
-        prompts, wanted = list(dataset["prompt"]), self.validation_prompts()[index]
-        return self.image(dataset[prompts.index(wanted) if wanted in prompts else index % len(prompts)])
+        if self.video_model.family.image:
+            return self.image(row_of_prompt(self._shown(), self.validation_prompts()[index], index))
+        return None
+
+    def _shown(self) -> Dataset:
+        return self.eval_dataset if isinstance(self.eval_dataset, Dataset) else self.train_dataset
 
     def image(self, row: dict) -> Image.Image | None:
         """The image that the videos of a row start from, at their size; `None` for text-to-video models."""
@@ -249,15 +248,8 @@ class VideoGRPOTrainer(VideoTrainer):
         return self._encoded.condition(key, row, negative)
 
     def get_train_dataloader(self) -> DataLoader:
-        args = self.args
-        self._train_sampler = generation_sampler(args, len(self.train_dataset))
-        return DataLoader(
-            PromptRows(self.train_dataset),
-            batch_sampler=self._train_sampler,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            generator=torch.Generator(),
-        )
+        self._train_sampler = generation_sampler(self.args, len(self.train_dataset))
+        return prompt_loader(self.train_dataset, self._train_sampler, self.args.dataloader_num_workers)
 
     def transition(self, x: Tensor, velocity: Tensor, sigma, sigma_next) -> Transition:
         """The kernel of a stochastic step; see [`~vidtrl.diffusion.transitions.transition`]."""
@@ -450,17 +442,13 @@ class VideoGRPOTrainer(VideoTrainer):
     def _video_items(self, latents, groups, members, advantages, number) -> list[Item]:
         """Each video at `num_train_sigmas` stratified noise levels, with what the old policy says there."""
         args, items = self.args, []
-        low, high = training_times(self.video_model, self.denoiser_names, self.latent_shape)
+        times = training_times(self.video_model, self.denoiser_names, self.latent_shape)
         for group, videos in zip(groups, latents, strict=True):
             for member, x0 in zip(members[group], videos, strict=True):
                 source = torch.Generator().manual_seed(draw_seed(args.seed, *number, group, 2, member))
-                worth = torch.tensor([advantages[group, -1, member]])
-                for j in range(args.num_train_sigmas):
-                    u = low + (high - low) * (j + torch.rand(1, generator=source)) / args.num_train_sigmas
-                    sigma = self.video_model.training_sigma(u, self.latent_shape).clamp(min=1e-4).item()
-                    noise = torch.randn(self.latent_shape, generator=source).to(x0.device)
-                    one = torch.ones(1)
-                    items.append(Item(group, worth, one, one, x0=x0, noise=noise, sigma=sigma))
+                worth, one = torch.tensor([advantages[group, -1, member]]), torch.ones(1)
+                for sigma, noise in noised(self.video_model, self.latent_shape, args.num_train_sigmas, times, source):
+                    items.append(Item(group, worth, one, one, x0=x0, noise=noise.to(x0.device), sigma=sigma))
         several_updates = args.steps_per_generation * args.num_iterations > args.gradient_accumulation_steps
         batch_size = args.rollout_batch_size or args.per_device_train_batch_size
         parts = self._batches(items, batch_size)
@@ -647,13 +635,12 @@ class VideoGRPOTrainer(VideoTrainer):
     def save_rank_state(self, directory: Path) -> None:
         super().save_rank_state(directory)
         if self.is_world_process_zero():
-            (directory / CHOICES).write_text(json.dumps({"batch_guidance": self.batch_guidance}))
+            save_choices(directory, batch_guidance=self.batch_guidance)
 
     def load_rank_state(self, directory: Path) -> None:
         super().load_rank_state(directory)
-        chosen = directory / CHOICES
-        if self.args.batch_guidance is None and chosen.is_file():  # other free memory must not change a resumed run
-            self.batch_guidance = json.loads(chosen.read_text())["batch_guidance"]
+        if self.args.batch_guidance is None:  # other free memory must not change a resumed run
+            self.batch_guidance = load_choices(directory).get("batch_guidance")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -1,5 +1,7 @@
 """Prompts in the order in which generations use them, and encoded."""
 
+import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Iterator
 
@@ -7,7 +9,7 @@ import datasets
 import torch
 from datasets import Dataset
 from PIL import Image
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers.utils import logging
 
 from ..data import BucketSampler
@@ -134,6 +136,17 @@ def prompts_with_images(dataset: Dataset, model: VideoModel) -> Dataset:
     return dataset if len(readable) == len(dataset) else dataset.select(readable)
 
 
+def prompt_loader(dataset: Dataset, sampler: GenerationSampler, num_workers: int) -> DataLoader:
+    """Rows in a sampler's order; the global generator is left alone."""
+    return DataLoader(
+        PromptRows(dataset),
+        batch_sampler=sampler,
+        collate_fn=as_given,
+        num_workers=num_workers,
+        generator=torch.Generator(),
+    )
+
+
 class EncodedPrompts:
     """
     What the denoiser gets for rows of a dataset, encoded once per prompt (and image) and kept on the CPU.
@@ -168,6 +181,18 @@ class EncodedPrompts:
                 self.kept.popitem(last=False)
         self.kept.move_to_end(name)
         return self.kept[name]
+
+
+def row_of_prompt(dataset: Dataset, prompt: str, index: int) -> dict:
+    """The first row with a prompt; where there is none, that of the index, around the end of the dataset."""
+    prompts = list(dataset["prompt"])
+    return dataset[prompts.index(prompt) if prompt in prompts else index % len(prompts)]
+
+
+def summary_of_prompts(prompts: list[str]) -> dict[str, int | str]:
+    """What two datasets must share for a run to go on with the other one's."""
+    digest = hashlib.sha256(json.dumps(prompts).encode())
+    return {"num_prompts": len(prompts), "sha256 of prompts": digest.hexdigest()[:16]}
 
 
 def as_given(rows: list) -> list:
