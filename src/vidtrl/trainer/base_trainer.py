@@ -35,8 +35,11 @@ from .callbacks import EMACallback, use_video_callbacks
 from .checkpoint import (
     check_output_dir,
     claim_output_dir,
+    load_average,
     model_identity,
     publish,
+    save_average,
+    save_denoiser,
     verify_checkpoint,
     write_manifest,
 )
@@ -53,13 +56,20 @@ from .lora import (
 )
 from .policies import adapters_below, check_arguments, make_policies, set_up_forward, trained_denoisers
 from .sampling import pipeline_call, sample_videos
-from .sharding import EqualCalls, load_whole_weights, prepare_fsdp, shard_on_cpu, sharding_of, whole_weights
+from .sharding import (
+    EqualCalls,
+    check_optimizer,
+    check_sharded,
+    load_whole_weights,
+    prepare_fsdp,
+    shard_on_cpu,
+    whole_weights,
+)
 
 
 logger = logging.get_logger(__name__)
 
 ROLE_WEIGHTS = "roles.safetensors"
-RAW_WEIGHTS = "training_weights.safetensors"  # beside an average, the weights that training itself continues from
 
 
 class VideoTrainer(Trainer):
@@ -156,26 +166,14 @@ class VideoTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if len(each) > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                "FSDP and DeepSpeed shard one denoiser, called alike by all processes: set experts='high' or 'low' and train the "
-                "other one in a second run, or train both with DDP (`accelerate launch` without them)"
-            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            check_sharded(args, len(each))
         self.num_skipped_batches = 0
         self._skipped_since_log = 0.0  # in optimizer steps
         self._last_log: tuple[float, int] | None = None
         self.roles: dict[str, WeightAverage] = {}  # further policies on the same base, saved with every checkpoint
         self.average = WeightAverage(self.model, args.ema_decay) if args.ema_decay is not None else None
-        if args.on_nan == "skip" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                "on_nan='skip' does not work with sharded weights (FSDP, DeepSpeed): a process that leaves out a micro-batch would "
-                "leave the others waiting for its share. Set on_nan='raise'"
-            )
         if self.average is not None:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError(
-                    "ema_decay does not work with sharded weights (FSDP, DeepSpeed); leave it unset, or set it to 0 if a recipe fills it"
-                )
             self.add_callback(EMACallback(self.average, self.updates))
         use_video_callbacks(self)
 
@@ -383,17 +381,8 @@ class VideoTrainer(Trainer):
                 raise ValueError(f"there is no checkpoint to resume from in {args.output_dir!r}")
         if resume_from_checkpoint:
             verify_checkpoint(resume_from_checkpoint, **self._identity())
-            if not any(Path(resume_from_checkpoint).glob("optimizer*")) and not any(
-                Path(resume_from_checkpoint).glob("global_step*")
-            ):
-                raise ValueError(f"cannot resume from {resume_from_checkpoint}: it was written with save_only_model")
-            written, now = sharding_of(resume_from_checkpoint), "FSDP" if self.is_fsdp_enabled else None
-            now = "DeepSpeed" if self.is_deepspeed_enabled else now
-            if written != now:
-                raise ValueError(
-                    f"cannot resume from {resume_from_checkpoint}: its run sharded weights with {written or 'nothing'}, this run "
-                    f"with {now or 'nothing'}. Launch it with that kind of accelerate configuration"
-                )
+            now = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else None
+            check_optimizer(resume_from_checkpoint, now)
         self._last_log = None
         # The Trainer would call a method that diffusers models do not have; `__init__` has switched it on already.
         checkpointing = args.gradient_checkpointing, args.activation_checkpointing
@@ -541,15 +530,7 @@ class VideoTrainer(Trainer):
                     owner = name if two_experts else None
                     save_adapter(model, directory, state_dict, file=self._adapter_file(name), denoiser=owner)
                     continue
-                staging = directory / f"_{name}.tmp"
-                shutil.rmtree(staging, ignore_errors=True)
-                if state_dict is None:
-                    model.save_pretrained(staging)
-                else:  # gathered by FSDP or ZeRO-3
-                    model.save_config(staging)
-                    weights = {name: value.cpu().contiguous() for name, value in state_dict.items()}
-                    save_file(weights, staging / "diffusion_pytorch_model.safetensors")
-                publish(staging, directory / name)
+                save_denoiser(model, directory / name, state_dict)
         (directory / "training_args.json").write_text(self.args.to_json_string())
         self.save_extras(directory)
 
@@ -582,15 +563,7 @@ class VideoTrainer(Trainer):
             return
         self._load_weights(resume_from_checkpoint)
         if self.average is not None:
-            raw = Path(resume_from_checkpoint, RAW_WEIGHTS)
-            if not raw.is_file():
-                raise ValueError(f"cannot resume from {resume_from_checkpoint}: it was written without ema_decay")
-            self.average.reset()
-            weights = load_file(raw)
-            self.average.num_updates = int(weights.pop("num_updates"))
-            with torch.no_grad():
-                for name, parameter in self.average.parameters.items():
-                    parameter.copy_(weights[name])
+            load_average(self.average, resume_from_checkpoint)
         if weights := self.role_weights():
             saved = load_file(Path(resume_from_checkpoint, ROLE_WEIGHTS))
             for name, tensor in weights.items():
@@ -652,9 +625,7 @@ class VideoTrainer(Trainer):
         self.state.stateful_callbacks = {name: s[0] if len(s) == 1 else s for name, s in states.items()}
         self.state.save_to_json(str(directory / "trainer_state.json"))
         if self.average is not None:
-            raw = {name: p.detach().cpu() for name, p in self.average.parameters.items()}
-            raw["num_updates"] = torch.tensor(self.average.num_updates)
-            save_file(raw, directory / RAW_WEIGHTS)
+            save_average(self.average, directory)
         if weights := self.role_weights():
             save_file({name: t.cpu().contiguous() for name, t in weights.items()}, directory / ROLE_WEIGHTS)
 

@@ -7,10 +7,14 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .ema import WeightAverage
 
 
 MANIFEST = "vidtrl.json"
+RAW_WEIGHTS = "training_weights.safetensors"  # beside an average, the weights that training itself continues from
 
 
 def weights_fingerprint(module: nn.Module) -> str:
@@ -115,6 +119,51 @@ def publish(staging: Path, final: Path) -> None:
     descriptor = os.open(final.parent, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def save_denoiser(model: nn.Module, final: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """
+    Write a diffusers model into a directory of its own, complete or not at all.
+
+    Args:
+        model (`nn.Module`): A diffusers model.
+        final (`Path`): The directory; what was there is replaced.
+        state_dict (`dict[str, torch.Tensor]`, *optional*): Weights that FSDP or ZeRO-3 gathered; default: the model's own.
+    """
+    staging = final.with_name(f"_{final.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    if state_dict is None:
+        model.save_pretrained(staging)
+    else:
+        model.save_config(staging)
+        weights = {name: value.cpu().contiguous() for name, value in state_dict.items()}
+        save_file(weights, staging / "diffusion_pytorch_model.safetensors")
+    publish(staging, final)
+
+
+def save_average(average: WeightAverage, directory: Path) -> None:
+    """Write the weights that training itself continues from; what is saved as the model's are their averages."""
+    raw = {name: p.detach().cpu() for name, p in average.parameters.items()}
+    raw["num_updates"] = torch.tensor(average.num_updates)
+    save_file(raw, directory / RAW_WEIGHTS)
+
+
+def load_average(average: WeightAverage, directory: str | os.PathLike) -> None:
+    """
+    Read back what [`save_average`] wrote. The module holds the average before, and its own weights afterwards.
+
+    Raises:
+        `ValueError`: If the run had no average.
+    """
+    raw = Path(directory, RAW_WEIGHTS)
+    if not raw.is_file():
+        raise ValueError(f"cannot resume from {directory}: it was written without ema_decay")
+    average.reset()
+    weights = load_file(raw)
+    average.num_updates = int(weights.pop("num_updates"))
+    with torch.no_grad():
+        for name, parameter in average.parameters.items():
+            parameter.copy_(weights[name])
 
 
 def verify_checkpoint(directory: str | os.PathLike, **identity: dict | None) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from .base_config import VideoTrainingConfig
 from .lora import repeated_blocks
 
 
@@ -68,6 +69,33 @@ def prepare_fsdp(accelerator: Accelerator, denoiser: nn.Module) -> None:
     plugin.mixed_precision_policy = None
     # a cache of casts would hold the whole model in every process
     accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
+
+
+def check_sharded(args: VideoTrainingConfig, num_denoisers: int) -> None:
+    """
+    Refuse what does not work with sharded weights.
+
+    Args:
+        args ([`VideoTrainingConfig`]): The run's.
+        num_denoisers (`int`): How many are trained.
+
+    Raises:
+        `ValueError`: Says what to set.
+    """
+    if num_denoisers > 1:
+        raise ValueError(
+            "FSDP and DeepSpeed shard one denoiser, called alike by all processes: set experts='high' or 'low' and train the "
+            "other one in a second run, or train both with DDP (`accelerate launch` without them)"
+        )
+    if args.on_nan == "skip":
+        raise ValueError(
+            "on_nan='skip' does not work with sharded weights (FSDP, DeepSpeed): a process that leaves out a micro-batch would "
+            "leave the others waiting for its share. Set on_nan='raise'"
+        )
+    if args.ema_decay is not None:
+        raise ValueError(
+            "ema_decay does not work with sharded weights (FSDP, DeepSpeed); leave it unset, or set it to 0 if a recipe fills it"
+        )
 
 
 class EqualCalls:
@@ -154,6 +182,27 @@ def load_whole_weights(model: nn.Module, checkpoint: str | os.PathLike) -> None:
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained <= set(weights), sorted(trained - set(weights))
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+
+
+def check_optimizer(checkpoint: str | os.PathLike, sharding: str | None) -> None:
+    """
+    Raise unless a checkpoint has an optimizer that this run can load.
+
+    Args:
+        checkpoint (`str` or `PathLike`): The directory.
+        sharding (`str`, *optional*): What this run shards weights with, as in [`sharding_of`].
+
+    Raises:
+        `ValueError`: If it has none, or one that was sharded in another way.
+    """
+    if not any(Path(checkpoint).glob("optimizer*")) and not any(Path(checkpoint).glob("global_step*")):
+        raise ValueError(f"cannot resume from {checkpoint}: it was written with save_only_model")
+    written = sharding_of(checkpoint)
+    if written != sharding:
+        raise ValueError(
+            f"cannot resume from {checkpoint}: its run sharded weights with {written or 'nothing'}, this run "
+            f"with {sharding or 'nothing'}. Launch it with that kind of accelerate configuration"
+        )
 
 
 def sharding_of(checkpoint: str | os.PathLike) -> str | None:
