@@ -170,6 +170,7 @@ def write_demo_report(output: Path, results: dict) -> Path:
             help=help_text,
         )
         for key, row in results["metrics"].items()
+        if not (key.startswith("users_") and key != "users_all")  # as many as a page is wide
         for label, digits, higher, help_text in (METRICS[key],)
     ]
     galleries = [
