@@ -381,6 +381,7 @@ def test_grpo_shows_rewards_the_image_and_encodes_it_once(tmp_path):
     config |= dict(guidance_scale=2.0, rewards=brightness)
     trainer = grpo_setup.make_trainer(tmp_path, pipe=pipe, rows=rows, **call | config)
     trainer.train()
+    assert len({id(image) for _, image in seen}) == 6  # fitted once for both videos of a row
     assert len(seen) == 12 and len(encoded) == 2  # three generations, two branches of guidance, two images
     for prompt, image in seen:  # of every member of a group
         want = condition_image(rows[PROMPTS.index(prompt)]["image"], 16, 16)

@@ -272,6 +272,29 @@ def test_shards_by_hand():
     assert len({phase["activations"] for phase in found.values()}) == 1
 
 
+@pytest.mark.parametrize("kind", ["experts", "fsdp2", "zero2"])
+def test_a_rollout_is_counted_as_the_trainer_runs_it(kind):
+    """With two experts, or sharded weights, no update uses the rollout's forward; with one whole denoiser it does."""
+    config = dict(SIZE, num_generations=4, per_device_train_batch_size=4, num_inference_steps=2, use_cpu=True)
+    model, options = toy.pipeline_path(), {"peft_config": LORA}
+    if kind == "experts":
+        model, call = tiny_pipelines.wan22()
+        config |= {name: call[name] for name in SIZE} | {"experts": "high"}
+    else:
+        options |= {"strategy": kind, "num_processes": 2}
+    own, without = (estimate("grpo", {**config, **c}, model, **options) for c in ({}, {"reuse_rollout": False}))
+    assert own.phases == without.phases
+    one = tiny_pipelines.wan()[0] if kind == "experts" else model
+    fields = {name: value for name, value in config.items() if name != "experts"}
+    reused, not_reused = (
+        estimate("grpo", {**fields, **c}, one, peft_config=LORA) for c in ({}, {"reuse_rollout": False})
+    )
+    assert reused.phases != not_reused.phases
+    if kind != "experts":
+        with pytest.raises(ValueError, match="reuse_rollout keeps graphs .* train with DDP"):
+            estimate("grpo", {**config, "reuse_rollout": True}, model, **options)
+
+
 def test_distillation_keeps_what_its_roles_are():
     dmd = dict(SIZE, bf16=False, recipe="dmd2")
     whole, lora = (estimate("distill", dmd, toy.pipeline_path(), peft_config=p) for p in (None, LORA))

@@ -32,7 +32,9 @@ def load_choices(directory: Path) -> dict[str, bool | None]:
     return json.loads(chosen.read_text()) if chosen.is_file() else {}
 
 
-def choose_reuse(args: VideoGRPOConfig, *, own_reference: bool, whole: bool, dropout: bool) -> bool:
+def choose_reuse(
+    args: VideoGRPOConfig, *, own_reference: bool, num_denoisers: int, sharded: bool, dropout: bool
+) -> bool:
     """
     Whether the update uses the rollout's forward instead of one of its own.
 
@@ -41,7 +43,8 @@ def choose_reuse(args: VideoGRPOConfig, *, own_reference: bool, whole: bool, dro
     Args:
         args ([`VideoGRPOConfig`]): The run's.
         own_reference (`bool`): The divergence is from weights that are swapped in.
-        whole (`bool`): One denoiser is trained, whose weights every process holds whole.
+        num_denoisers (`int`): Of the model, whether or not all of them are trained.
+        sharded (`bool`): Training runs under FSDP or DeepSpeed.
         dropout (`bool`): The denoiser has any; a second forward then tells that rollouts are not what users will sample.
 
     Raises:
@@ -52,6 +55,11 @@ def choose_reuse(args: VideoGRPOConfig, *, own_reference: bool, whole: bool, dro
             "reuse_rollout keeps a graph over the weights, which a reference of its own (full fine-tuning or "
             "sync_ref_model, with beta > 0) takes the place of in between: set reuse_rollout=False or beta=0"
         )
+    if args.reuse_rollout and sharded:
+        raise ValueError(
+            "reuse_rollout keeps graphs of the rollout until the update, over weights that FSDP and DeepSpeed gather for each "
+            "call and free after it: set reuse_rollout=False, or train with DDP"
+        )
     if args.reuse_rollout is not None:
         return args.reuse_rollout
     one_step = args.sde_schedule in ONE_STEP or (args.sde_schedule in ("random", "window") and args.sde_steps == 1)
@@ -60,7 +68,7 @@ def choose_reuse(args: VideoGRPOConfig, *, own_reference: bool, whole: bool, dro
         "a generation is cut into several micro-steps or used several times": args.steps_per_generation > 1
         or args.num_iterations > 1,
         "the reference takes the place of the weights in between": own_reference,
-        "several denoisers are trained, or sharded weights": not whole,
+        "the model has several denoisers, or weights are sharded": num_denoisers > 1 or sharded,
         "the denoiser has dropout": dropout,
         "each video draws noise at several steps, whose graphs would be kept together": not one_step,
     }

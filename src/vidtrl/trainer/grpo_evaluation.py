@@ -27,14 +27,16 @@ def evaluate_prompts(trainer: "VideoGRPOTrainer", dataset: Dataset) -> dict[str,
     total = len(dataset) * args.num_generations_eval
     padded = -(-total // args.world_size) * args.world_size  # equally many everywhere; surplus ones do not count
     mine = [i % total for i in range(args.process_index, padded, args.world_size)]
-    rows = [dataset[i // args.num_generations_eval] for i in mine]
+    read = {i: dataset[i] for i in {i // args.num_generations_eval for i in mine}}  # each row once
+    rows = [read[i // args.num_generations_eval] for i in mine]
+    images = {i: trainer.image(row) for i, row in read.items()}
     with model.guidance(args.guidance_scale) as guidance:
         if args.guidance_scale != 1.0 and args.negative_prompt:
             guidance = {**guidance, "negative_prompt": args.negative_prompt}
         videos = trainer.generate_videos(
             [row["prompt"] for row in rows],
             seeds=[args.validation_seed + i for i in mine],
-            images=[trainer.image(row) for row in rows] if model.family.image else None,
+            images=[images[i // args.num_generations_eval] for i in mine] if model.family.image else None,
             # not every image-to-video pipeline takes lists of images
             batch_size=1 if model.family.image else args.per_device_eval_batch_size,
             num_inference_steps=args.eval_num_inference_steps,

@@ -179,7 +179,8 @@ class VideoGRPOTrainer(VideoTrainer):
         self.reuse_rollout = choose_reuse(
             args,
             own_reference=own_reference,
-            whole=not sharded and len(self.video_model.denoisers) == 1,
+            num_denoisers=len(self.video_model.denoisers),
+            sharded=sharded,
             dropout=any(module.p > 0 for module in self.model.modules() if isinstance(module, nn.Dropout)),
         )
         self.batch_guidance = args.batch_guidance  # chosen before the first rollout, if left open
@@ -359,7 +360,8 @@ class VideoGRPOTrainer(VideoTrainer):
     def _submit(self, runner: RewardRunner, rows: list[dict], videos: list[Tensor]) -> RewardHandle:
         """Hand videos and their rows of the dataset to the reward functions; images as the model saw them."""
         if self.video_model.family.image:
-            rows = [{**row, "image": self.image(row)} for row in rows]
+            images = {key: self.image(row) for key, row in {id(row): row for row in rows}.items()}  # of each row once
+            rows = [{**row, "image": images[id(row)]} for row in rows]
         return runner.submit(
             prompts=[row["prompt"] for row in rows],
             videos=videos,

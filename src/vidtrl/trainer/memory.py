@@ -172,7 +172,7 @@ def estimate(
     config = as_config(trainer, config, num_processes)
     if trainer == "distill" and strategy != "ddp":
         raise ValueError("distillation works with strategy='ddp' only: it switches roles between and within steps")
-    run, phases = trace_run(trainer, config, model, peft_config, teacher_model)
+    run, phases = trace_run(trainer, config, model, peft_config, teacher_model, sharded=strategy != "ddp")
     share = _quantised_share(run.denoiser, quantization_bits)
     for name, phase in phases.items():
         phase["denoiser"] = round(phase["denoiser"] * share)

@@ -47,6 +47,7 @@ class Run:
         args ([`VideoTrainingConfig`]): Filled with the pipeline's own size where none is set.
         model, peft_config, teacher_model: As the trainer takes them.
         role (`str`): What the trainer calls the policy that it trains.
+        sharded (`bool`): It will run under FSDP or DeepSpeed.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class Run:
         peft_config: PeftConfig | None,
         teacher_model: str | os.PathLike | DiffusionPipeline | None = None,
         role: str = "policy",
+        sharded: bool = False,
     ):
+        self.sharded = sharded
         self.args, self.peft_config, self.role = args, peft_config, role
         self.fake, self.trace = FakeTensorMode(allow_non_fake_inputs=True), MemoryTrace()
         self.name = type(model).__name__ if isinstance(model, DiffusionPipeline) else os.fspath(model)
@@ -66,6 +69,7 @@ class Run:
             raise ValueError(
                 f"experts={args.experts!r} needs a model with two denoisers; {type(pipe).__name__} has one"
             )
+        self.num_denoisers = len(denoisers)
         name = EXPERTS.get(args.experts, next(iter(denoisers)))
         self.denoiser = denoisers[name]
         self.both_trained = len(denoisers) > 1 and args.experts not in EXPERTS
@@ -374,7 +378,8 @@ def grpo_phases(run: Run) -> dict[str, Phase]:
     # where it is open, the trainer batches on a CPU, and on an accelerator only where that fits
     batched = args.use_cpu if args.batch_guidance is None else args.batch_guidance
     dropout = any(module.p > 0 for module in run.trained.modules() if isinstance(module, nn.Dropout))
-    reuse = choose_reuse(args, own_reference="reference" in roles, whole=not run.both_trained, dropout=dropout)
+    shared = {"num_denoisers": run.num_denoisers, "sharded": run.sharded}
+    reuse = choose_reuse(args, own_reference="reference" in roles, dropout=dropout, **shared)
     guided = functools.partial(
         guided_velocity, model, batched=batched, guidance_scale=args.guidance_scale, denoiser=run.trained
     )
@@ -564,6 +569,7 @@ def trace_run(
     model: str | os.PathLike | DiffusionPipeline,
     peft_config: PeftConfig | None,
     teacher_model: str | os.PathLike | DiffusionPipeline | None = None,
+    sharded: bool = False,
 ) -> tuple[Run, dict[str, Phase]]:
     """
     A run and what each of its phases needs on a single device, by part.
@@ -575,7 +581,7 @@ def trace_run(
         warnings.filterwarnings(
             "ignore", "Mismatch dtype between input and weight"
         )  # says which kernel a CPU would take
-        run = Run(copy.copy(args), model, peft_config, teacher_model, ROLES[trainer])
+        run = Run(copy.copy(args), model, peft_config, teacher_model, ROLES[trainer], sharded)
         try:
             return run, PHASES[trainer](run)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
