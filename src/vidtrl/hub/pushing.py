@@ -5,11 +5,17 @@ import shutil
 import tempfile
 from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import CommitInfo, HfApi
-from transformers.utils import logging
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress, logging
 
 from .upload import add_licence, create_branch, place, push_folder, stage
+
+
+if TYPE_CHECKING:
+    from ..trainer.base_trainer import VideoTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -91,3 +97,28 @@ class Pusher:
                 shutil.rmtree(staging)
 
         return self.api.run_as_future(push)
+
+
+def push_checkpoint(trainer: "VideoTrainer", checkpoint: Path) -> None:
+    """
+    Upload a checkpoint in the background, as `hub_strategy` says. Call on the main process only.
+
+    Args:
+        trainer ([`VideoTrainer`]): Whose run it is; its `push_in_progress` holds what is under way.
+        checkpoint (`Path`): The directory.
+    """
+    args, strategy = trainer.args, trainer.args.hub_strategy
+    if strategy == HubStrategy.END:
+        return
+    step = f"step {trainer.state.global_step}"
+    busy = trainer.push_in_progress is not None and not trainer.push_in_progress.is_done()
+    if busy and not args.hub_always_push:
+        logger.warning(
+            f"{step} is not uploaded: the upload of an earlier one is still under way (hub_always_push=True queues it)"
+        )
+        return
+    trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
+    trainer.create_model_card()
+    paths = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
+    job = trainer.pusher.submit(checkpoint, f"Training in progress, {step}", paths.get(strategy), watched=False)
+    trainer.push_in_progress = PushInProgress([*(trainer.push_in_progress.jobs if busy else []), job])

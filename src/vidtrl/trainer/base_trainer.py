@@ -23,15 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import HubStrategy, get_last_checkpoint, rotate_checkpoints
-from transformers.utils import PushInProgress, logging
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.utils import logging
 
-from ..hub.pushing import Pusher
+from ..hub.pushing import Pusher, push_checkpoint
 from ..hub.trainer_card import write_card
 from ..models import VideoModel, check_model
 from .base_config import VideoTrainingConfig
-from .callbacks import EMACallback, use_video_callbacks
+from .callbacks import EMACallback, exported_states, use_video_callbacks
 from .checkpoint import (
     check_output_dir,
     claim_output_dir,
@@ -62,6 +61,7 @@ from .sharding import (
     check_sharded,
     load_whole_weights,
     prepare_fsdp,
+    set_up_ddp,
     shard_on_cpu,
     whole_weights,
 )
@@ -112,15 +112,9 @@ class VideoTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         data_collator=None,
     ):
-        check_arguments(model, train_dataset, eval_dataset, peft_config)
+        check_arguments(args, model, train_dataset, eval_dataset, peft_config)
         self.args = args
         set_seed(args.seed)  # before PEFT, which draws the initial adapter
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process and nn.DataParallel is not supported: start with "
-                "`accelerate launch`, or show one GPU through CUDA_VISIBLE_DEVICES"
-            )
-
         self.video_model = self._load_model(model, quantization_config, peft_config)
         pipe, denoisers = self.video_model.pipe, self.video_model.denoisers
         self.denoiser_names, self.sigma_range = trained_denoisers(args, self.video_model)
@@ -148,14 +142,7 @@ class VideoTrainer(Trainer):
         if not alone and len(each) > 1:
             self.swap.use_all()
         set_up_forward(list(each.values()), args, self.forward_states())
-        if args.ddp_find_unused_parameters is None:
-            # the Trainer has the default False for its own models only; a micro-batch uses one expert of two
-            args.ddp_find_unused_parameters = len(each) > 1
-        if args.ddp_broadcast_buffers is None:
-            # denoisers' buffers are constants, and broadcasting them would make processes wait for each other in every
-            # forward, of which they may need different numbers
-            args.ddp_broadcast_buffers = False
-
+        set_up_ddp(args, len(each))
         self._equal_calls: EqualCalls | None = None  # of a sharded model
         super().__init__(
             trained,
@@ -529,8 +516,8 @@ class VideoTrainer(Trainer):
                 if isinstance(model, PeftModel):
                     owner = name if two_experts else None
                     save_adapter(model, directory, state_dict, file=self._adapter_file(name), denoiser=owner)
-                    continue
-                save_denoiser(model, directory / name, state_dict)
+                else:
+                    save_denoiser(model, directory / name, state_dict)
         (directory / "training_args.json").write_text(self.args.to_json_string())
         self.save_extras(directory)
 
@@ -618,11 +605,7 @@ class VideoTrainer(Trainer):
             )
 
     def _save_trainer_state(self, directory: Path) -> None:
-        states: dict[str, list[dict]] = {}
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                states.setdefault(type(callback).__name__, []).append(callback.state())
-        self.state.stateful_callbacks = {name: s[0] if len(s) == 1 else s for name, s in states.items()}
+        self.state.stateful_callbacks = exported_states([*self.callback_handler.callbacks, self.control])
         self.state.save_to_json(str(directory / "trainer_state.json"))
         if self.average is not None:
             save_average(self.average, directory)
@@ -710,19 +693,5 @@ class VideoTrainer(Trainer):
         # The Trainer's own copies only file names that transformers knows, so that mid-run pushes would carry no weights;
         # it uploads a pickle of the arguments, Hub token included, and from directories that training goes on to change;
         # and it forgets uploads that fail
-        strategy = self.args.hub_strategy
-        if not self.is_world_process_zero() or strategy == HubStrategy.END:
-            return
-        step = f"step {self.state.global_step}"
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if busy and not self.args.hub_always_push:
-            logger.warning(
-                f"{step} is not uploaded: the upload of an earlier one is still under way (hub_always_push=True queues it)"
-            )
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.create_model_card()
-        paths = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name}
-        message = f"Training in progress, {step}"
-        job = self.pusher.submit(Path(checkpoint_folder), message, paths.get(strategy), watched=False)
-        self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), job])
+        if self.is_world_process_zero():
+            push_checkpoint(self, Path(checkpoint_folder))

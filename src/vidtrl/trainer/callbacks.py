@@ -4,13 +4,14 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import ExportableState
 
 from ..data.video import read_video, write_video
 from .ema import WeightAverage
@@ -176,6 +177,15 @@ def use_video_callbacks(trainer: "VideoTrainer") -> None:
         trainer.add_callback(VideoProgressCallback())
     if args.validation_steps is not None:
         trainer.add_callback(ValidationVideoCallback(trainer, trainer.validation_prompts()))
+
+
+def exported_states(callbacks: Sequence[Any]) -> dict[str, dict | list[dict]]:
+    """What callbacks want to find again when a run resumes, as the Trainer keeps it: a list where several share a class."""
+    states: dict[str, list[dict]] = {}
+    for callback in callbacks:
+        if isinstance(callback, ExportableState):
+            states.setdefault(type(callback).__name__, []).append(callback.state())
+    return {name: s[0] if len(s) == 1 else s for name, s in states.items()}
 
 
 def log_videos(

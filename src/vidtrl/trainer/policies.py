@@ -17,15 +17,17 @@ from .experts import EXPERTS, Experts
 from .lora import active_adapters, add_lora, repeated_blocks
 
 
-def check_arguments(model: Any, train_dataset: Any, eval_dataset: Any, peft_config: Any) -> None:
+def check_arguments(
+    args: VideoTrainingConfig, model: Any, train_dataset: Any, eval_dataset: Any, peft_config: Any
+) -> None:
     """
     Refuse what a trainer cannot take, before anything is loaded.
 
     Args:
-        model, train_dataset, eval_dataset, peft_config: As [`VideoTrainer`] takes them.
+        args, model, train_dataset, eval_dataset, peft_config: As [`VideoTrainer`] takes them.
 
     Raises:
-        `TypeError`: Says what to pass.
+        `TypeError`, `ValueError`: Says what to pass or set.
     """
     if not isinstance(model, (str, os.PathLike, DiffusionPipeline)):
         raise TypeError(
@@ -41,6 +43,11 @@ def check_arguments(model: Any, train_dataset: Any, eval_dataset: Any, peft_conf
                 raise TypeError(
                     f"{name} must be a datasets.Dataset, not {type(one).__name__}; see datasets.load_dataset"
                 )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process and nn.DataParallel is not supported: start with "
+            "`accelerate launch`, or show one GPU through CUDA_VISIBLE_DEVICES"
+        )
 
 
 def trained_denoisers(args: VideoTrainingConfig, model: VideoModel) -> tuple[list[str], tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""Sharded weights (FSDP2, DeepSpeed) of a diffusers denoiser: what accelerate and the Trainer do not know about one."""
+"""Several processes, and sharded weights (FSDP2, DeepSpeed): what accelerate and the Trainer do not know about a denoiser."""
 
 import os
 from pathlib import Path
@@ -69,6 +69,23 @@ def prepare_fsdp(accelerator: Accelerator, denoiser: nn.Module) -> None:
     plugin.mixed_precision_policy = None
     # a cache of casts would hold the whole model in every process
     accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
+
+
+def set_up_ddp(args: VideoTrainingConfig, num_denoisers: int) -> None:
+    """
+    Fill what is not set of DDP's options.
+
+    Args:
+        args ([`VideoTrainingConfig`]): Filled in place.
+        num_denoisers (`int`): How many are trained.
+    """
+    if args.ddp_find_unused_parameters is None:
+        # the Trainer has the default False for its own models only; a micro-batch uses one expert of two
+        args.ddp_find_unused_parameters = num_denoisers > 1
+    if args.ddp_broadcast_buffers is None:
+        # denoisers' buffers are constants, and broadcasting them would make processes wait for each other in every
+        # forward, of which they may need different numbers
+        args.ddp_broadcast_buffers = False
 
 
 def check_sharded(args: VideoTrainingConfig, num_denoisers: int) -> None:
