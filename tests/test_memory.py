@@ -396,6 +396,13 @@ def test_alternatives_are_estimates_of_their_own():
     assert by_change["gradient_checkpointing=True"].phases == expected.phases
 
 
+def test_alternatives_to_a_reused_rollout_are_runs_that_can_be_started():
+    config = dict(SIZE, num_generations=4, per_device_train_batch_size=4, num_inference_steps=2, reuse_rollout=True)
+    changes = [change for change, _ in alternatives("grpo", config, toy.pipeline_path(), peft_config=LORA)]
+    assert "FSDP2 over 8 devices, reuse_rollout=False" in changes
+    assert any("steps_per_generation=4, reuse_rollout=False" in change for change in changes)
+
+
 # ---- The command ----
 
 

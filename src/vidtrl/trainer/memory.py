@@ -266,6 +266,9 @@ def alternatives(
     """
     config = as_config(trainer, config, kwargs.get("num_processes", 1))
     batch = config.per_device_train_batch_size
+    # that it was asked for, a run with more than one micro-step or with sharded weights refuses
+    reusing = isinstance(config, VideoGRPOConfig) and config.reuse_rollout
+    anew, and_anew = ({"reuse_rollout": False}, ", reuse_rollout=False") if reusing else ({}, "")
     checkpointing = not config.gradient_checkpointing
     changes: list[tuple[str, dict, dict]] = [
         (f"gradient_checkpointing={checkpointing}", {"gradient_checkpointing": checkpointing}, {})
@@ -277,7 +280,7 @@ def alternatives(
         if trainer == "grpo":
             fields["steps_per_generation"] = config.steps_per_generation * batch
             text += f", steps_per_generation={fields['steps_per_generation']}"
-        changes.append((text, fields, {}))
+        changes.append((text + and_anew, fields | anew, {}))
     if not getattr(config, "cache", True):
         changes.append(("cache=True", {"cache": True}, {}))
     if not (config.bf16 or config.fp16):
@@ -288,7 +291,9 @@ def alternatives(
         changes.append(("load_in_4bit=True", {}, {"quantization_bits": 4}))
     if trainer != "distill" and kwargs.get("strategy", "ddp") in ("ddp", "zero2"):
         number = max(8, kwargs.get("num_processes", 1))
-        changes.append((f"FSDP2 over {number} devices", {}, {"strategy": "fsdp2", "num_processes": number}))
+        changes.append(
+            (f"FSDP2 over {number} devices{and_anew}", anew, {"strategy": "fsdp2", "num_processes": number})
+        )
     found = []
     for text, fields, options in changes:
         changed = copy.copy(config)
