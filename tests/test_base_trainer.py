@@ -107,14 +107,6 @@ def test_checkpoint_holds_adapter_and_no_pickled_arguments(lora_run):
     assert not list(out.rglob("*.bin"))
 
 
-def test_no_file_and_no_tracker_gets_a_token(tmp_path):
-    kwargs = {"token": "hf_secret", "revision": "main"}
-    args = make_args(tmp_path, tmp_path, model_init_kwargs=kwargs, hub_token="hf_other")
-    written = [args.to_json_string(), json.dumps(args.to_dict()), str(args.to_sanitized_dict())]
-    assert all("hf_" not in text and "main" in text for text in written)
-    assert args.model_init_kwargs == kwargs  # with which the model is loaded
-
-
 def test_evaluation_reports_nine_noise_levels(lora_run):
     trainer, _, _, _ = lora_run
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -328,3 +320,12 @@ trainer.train()
     assert done.returncode == 0, done.stderr[-3000:]
     media = list((tmp_path / "trackio").rglob("*.mp4"))
     assert len(media) == 2
+
+
+# last: arguments that find their device start accelerate's state anew, under a trainer that is still evaluated
+def test_no_file_and_no_tracker_gets_a_token(tmp_path):
+    kwargs = {"token": "hf_secret", "revision": "main"}
+    args = make_args(tmp_path, tmp_path, model_init_kwargs=kwargs, hub_token="hf_other")
+    written = [args.to_json_string(), json.dumps(args.to_dict()), str(args.to_sanitized_dict())]
+    assert all("hf_" not in text and "main" in text for text in written)
+    assert args.model_init_kwargs == kwargs  # with which the model is loaded
