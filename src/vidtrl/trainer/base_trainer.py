@@ -19,7 +19,6 @@ from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo
 from peft import PeftConfig, PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, set_seed
@@ -35,10 +34,12 @@ from .checkpoint import (
     check_output_dir,
     claim_output_dir,
     load_average,
+    load_roles,
     model_identity,
     publish,
     save_average,
     save_denoiser,
+    save_roles,
     verify_checkpoint,
     write_manifest,
 )
@@ -53,7 +54,7 @@ from .lora import (
     load_base_adapters,
     save_adapter,
 )
-from .policies import adapters_below, check_arguments, make_policies, set_up_forward, trained_denoisers
+from .policies import adapters_below, check_arguments, make_policies, place, set_up_forward, trained_denoisers
 from .sampling import pipeline_call, sample_videos
 from .sharding import (
     EqualCalls,
@@ -68,8 +69,6 @@ from .sharding import (
 
 
 logger = logging.get_logger(__name__)
-
-ROLE_WEIGHTS = "roles.safetensors"
 
 
 class VideoTrainer(Trainer):
@@ -243,14 +242,7 @@ class VideoTrainer(Trainer):
 
     def _place(self, sharded: bool = False) -> None:
         """All of the pipeline to the device, but for the expert that is not in use and for what is sharded."""
-        if not self.swap.enabled and not sharded:
-            self.video_model.pipe.to(self.args.device)
-            return
-        for name, module in self.video_model.pipe.components.items():
-            if isinstance(module, nn.Module) and name not in self.video_model.denoisers:
-                module.to(self.args.device)
-        if self.swap.enabled:
-            self.swap.use(self.swap.current or self.denoiser_name)
+        place(self.video_model, self.args.device, self.swap, self.denoiser_name, sharded)
 
     def by_expert(self, model: nn.Module) -> dict[str, Any]:
         """What `VideoModel.velocity` takes as `denoiser`, for the model that the `Trainer` holds."""
@@ -551,10 +543,7 @@ class VideoTrainer(Trainer):
         self._load_weights(resume_from_checkpoint)
         if self.average is not None:
             load_average(self.average, resume_from_checkpoint)
-        if weights := self.role_weights():
-            saved = load_file(Path(resume_from_checkpoint, ROLE_WEIGHTS))
-            for name, tensor in weights.items():
-                tensor.copy_(saved[name])
+        load_roles(self.role_weights(), resume_from_checkpoint)
         self.load_rank_state(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
@@ -609,8 +598,7 @@ class VideoTrainer(Trainer):
         self.state.save_to_json(str(directory / "trainer_state.json"))
         if self.average is not None:
             save_average(self.average, directory)
-        if weights := self.role_weights():
-            save_file({name: t.cpu().contiguous() for name, t in weights.items()}, directory / ROLE_WEIGHTS)
+        save_roles(self.role_weights(), directory)
 
     # ---- Hub ----
 

@@ -14,6 +14,7 @@ from .ema import WeightAverage
 
 
 MANIFEST = "vidtrl.json"
+ROLE_WEIGHTS = "roles.safetensors"
 RAW_WEIGHTS = "training_weights.safetensors"  # beside an average, the weights that training itself continues from
 
 
@@ -164,6 +165,20 @@ def load_average(average: WeightAverage, directory: str | os.PathLike) -> None:
     with torch.no_grad():
         for name, parameter in average.parameters.items():
             parameter.copy_(weights[name])
+
+
+def save_roles(weights: dict[str, Tensor], directory: Path) -> None:
+    """Write the weights of further policies, if there are any."""
+    if weights:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, directory / ROLE_WEIGHTS)
+
+
+def load_roles(weights: dict[str, Tensor], directory: str | os.PathLike) -> None:
+    """Fill the weights of further policies, in place, from what [`save_roles`] wrote."""
+    if weights:
+        saved = load_file(Path(directory, ROLE_WEIGHTS))
+        for name, tensor in weights.items():
+            tensor.copy_(saved[name])
 
 
 def verify_checkpoint(directory: str | os.PathLike, **identity: dict | None) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from ..models import VideoModel
 from ..models.roles import Roles, checkpoint_under
 from .base_config import VideoTrainingConfig
-from .experts import EXPERTS, Experts
+from .experts import EXPERTS, Experts, ExpertSwap
 from .lora import active_adapters, add_lora, repeated_blocks
 
 
@@ -94,6 +94,27 @@ def adapters_below(denoisers: Sequence[nn.Module], adapter: bool) -> tuple[str, 
             "another one on top, or merge with pipe.fuse_lora() and pipe.unload_lora_weights() to train all weights"
         )
     return below
+
+
+def place(model: VideoModel, device: torch.device, swap: ExpertSwap, first: str, sharded: bool = False) -> None:
+    """
+    Bring a pipeline to the device, all but the expert that is not in use and what is sharded.
+
+    Args:
+        model ([`VideoModel`]): Whose pipeline.
+        device (`torch.device`): Where it computes.
+        swap ([`ExpertSwap`]): Of its denoisers.
+        first (`str`): The expert that is in use where none has been called.
+        sharded (`bool`, *optional*, defaults to `False`): The denoisers are where their shards belong.
+    """
+    if not swap.enabled and not sharded:
+        model.pipe.to(device)
+        return
+    for name, module in model.pipe.components.items():
+        if isinstance(module, nn.Module) and name not in model.denoisers:
+            module.to(device)
+    if swap.enabled:
+        swap.use(swap.current or first)
 
 
 def make_policies(
