@@ -272,6 +272,15 @@ def test_shards_by_hand():
     assert len({phase["activations"] for phase in found.values()}) == 1
 
 
+def test_an_average_is_sharded_as_its_weights_are():
+    config = dict(SIZE, bf16=False, ema_decay=0.9)
+    whole, shards = (
+        estimate("sft", config, toy.pipeline_path(), strategy=s, num_processes=4).phases["training step"]
+        for s in ("ddp", "fsdp2")
+    )
+    assert whole["ema"] == whole["denoiser"] == 4 * shards["ema"]
+
+
 @pytest.mark.parametrize("kind", ["experts", "fsdp2", "zero2"])
 def test_a_rollout_is_counted_as_the_trainer_runs_it(kind):
     """With two experts, or sharded weights, no update uses the rollout's forward; with one whole denoiser it does."""

@@ -17,10 +17,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
+from sft_setup import digest
 from tiny_pipelines import wan
 from torch.distributed.fsdp import fully_shard
 
-from vidtrl.trainer.sharding import EqualCalls, prepare_fsdp, shard_on_cpu
+from vidtrl.trainer.sharding import EqualCalls, check_sharded, prepare_fsdp, shard_on_cpu
 
 
 # what `accelerate launch` makes of accelerate_configs/fsdp2.yaml
@@ -53,7 +54,10 @@ def finish(started) -> list[str]:
 
 SFT = {
     "lora": dict(lora="no dropout", learning_rate=1e-2),
-    "full": dict(lora=False, learning_rate=1e-3, gradient_checkpointing=True, gradient_accumulation_steps=2),
+    # weights outside the blocks, too, which stay gathered after a forward
+    "full": dict(
+        lora=False, learning_rate=1e-3, gradient_checkpointing=True, gradient_accumulation_steps=2, ema_decay=0.9
+    ),
 }
 
 
@@ -79,7 +83,7 @@ def sft(clips, cache_dir, tmp_path_factory):
 def test_sft_in_two_halves_equals_one(sft, name):
     one = sft(f"{name} 1", 1, **SFT[name])
     prompts = dict(
-        validation_steps=4, validation_prompts=["a circle", "a square", "a dog"], validation_num_inference_steps=1
+        validation_steps=3, validation_prompts=["a circle", "a square", "a dog"], validation_num_inference_steps=1
     )
     two = sft(f"{name} 2", 2, **SFT[name], **prompts)
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
@@ -87,7 +91,7 @@ def test_sft_in_two_halves_equals_one(sft, name):
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5) and len(set(one["losses"])) == 4
     assert two["norm"] == pytest.approx(one["norm"], rel=1e-5)
     assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
-    assert len(list((sft.root / f"{name} 2" / "validation" / "step_000004").glob("*.mp4"))) == 3
+    assert len(list((sft.root / f"{name} 2" / "validation" / "step_000003").glob("*.mp4"))) == 3
     files = "pytorch_lora_weights.safetensors" if name == "lora" else "transformer/diffusion_pytorch_model.safetensors"
     weights = [load_file(sft.root / f"{name} {n}" / "checkpoint-4" / files) for n in (1, 2)]
     first = load_file(sft.root / f"{name} 2" / "checkpoint-2" / files)
@@ -95,6 +99,9 @@ def test_sft_in_two_halves_equals_one(sft, name):
     largest = max((weights[0][n] - weights[1][n]).abs().max().item() for n in first)
     moved = max((first[n] - weights[1][n]).abs().max().item() for n in first)
     assert largest < 1e-3 * moved
+    if name == "full":  # what is compared is the average, and not what was trained
+        raw = load_file(sft.root / "full 1" / "checkpoint-4" / "training_weights.safetensors")
+        assert max((raw[n] - weights[0][n]).abs().max().item() for n in first) > 0.1 * moved
     if name == "lora":
         pipe = wan()[0]
         pipe.load_lora_weights(str(sft.root / "lora 2" / "checkpoint-4"))
@@ -116,11 +123,24 @@ def test_sft_in_two_halves_resumes_bit_exactly(sft, name):
     assert resumed["digest"] == whole["digest"] and resumed["losses"] == whole["losses"]
 
 
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_the_best_of_two_halves_is_loaded_at_the_end(sft, ema_decay):
+    # the loss falls from the start, so calling the largest one best makes the last checkpoint a wrong answer
+    best = dict(load_best_model_at_end=True, greater_is_better=True, eval_strategy="steps", eval_steps=1, save_steps=1)
+    config = {**SFT["full"], **best, "ema_decay": ema_decay, "max_steps": 3}
+    found = sft(f"best {ema_decay}", 2, **config)
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    saved = [digest(load_file(sft.root / f"best {ema_decay}" / f"checkpoint-{n}" / file)) for n in (1, 3)]
+    assert found["digest"] == saved[0] != saved[1]
+
+
 # ---- GRPO ----
 
 # as in test_grpo_distributed: the batch of one process, each of two has half of it
 GRPO = {
-    "flash-grpo": dict(evaluate=True, per_device_train_batch_size=12, eval_num_inference_steps=2),
+    "flash-grpo": dict(
+        evaluate=True, per_device_train_batch_size=12, eval_num_inference_steps=2, ema_decay=0.9, ema_update_steps=1
+    ),
     # the base under the adapter is the reference
     "reference": dict(recipe="longcat", per_device_train_batch_size=12, beta=0.1),
     "full": dict(lora=False, per_device_train_batch_size=12, learning_rate=1e-2),
@@ -249,6 +269,13 @@ def test_what_is_sharded_together_and_in_which_numbers(one_of_one):
     prepare_fsdp(accelerator, wan()[0].transformer)
     assert plugin.transformer_cls_names_to_wrap == ["WanTransformerBlock"] and plugin.mixed_precision_policy is None
     assert not accelerator.autocast_handler.cache_enabled
+
+
+def test_an_average_of_shards_is_fsdps():
+    args = SimpleNamespace(on_nan="raise", ema_decay=0.9)
+    check_sharded(args, 1, "FSDP")
+    with pytest.raises(ValueError, match="ema_decay does not work with DeepSpeed.*--accelerate_config fsdp2"):
+        check_sharded(args, 1, "DeepSpeed")
 
 
 def test_deepspeed_on_a_cpu_is_refused_and_never_left_out_in_silence(monkeypatch):

@@ -60,6 +60,7 @@ from .sharding import (
     EqualCalls,
     check_optimizer,
     check_sharded,
+    gathered,
     load_whole_weights,
     prepare_fsdp,
     set_up_ddp,
@@ -153,7 +154,7 @@ class VideoTrainer(Trainer):
             optimizers=optimizers,
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            check_sharded(args, len(each))
+            check_sharded(args, len(each), "FSDP" if self.is_fsdp_enabled else "DeepSpeed")
         self.num_skipped_batches = 0
         self._skipped_since_log = 0.0  # in optimizer steps
         self._last_log: tuple[float, int] | None = None
@@ -174,12 +175,17 @@ class VideoTrainer(Trainer):
             prepare_fsdp(self.accelerator, self.video_model.denoisers[self.denoiser_name])
 
     def _prepare_for_training(self, *args, **kwargs):
-        # FSDP puts shards in the place of the weights, and roles would go on to switch those that are gone
         prepared = super()._prepare_for_training(*args, **kwargs)
-        self.policies.refresh()
+        self._find_shards()
         if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self._equal_calls is None:
             self._equal_calls = EqualCalls(self.model, self.accelerator)
         return prepared
+
+    def _find_shards(self) -> None:
+        # FSDP puts shards in the place of the weights; roles and averages would go on with those that are gone
+        self.policies.refresh()
+        for average in [*self.roles.values(), *([] if self.average is None else [self.average])]:
+            average.refresh()
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """
@@ -487,7 +493,9 @@ class VideoTrainer(Trainer):
         """As [`~transformers.Trainer.save_model`]; after training, `output_dir` gets its model card as well."""
         if self.is_fsdp_enabled:
             # the Trainer's own gathers the frozen weights of an adapter's base as well
-            self._save(output_dir, state_dict=whole_weights(self.model, trained_only=self.has_adapter))
+            with self.averaged_weights():
+                weights = whole_weights(self.model, trained_only=self.has_adapter)
+            self._save(output_dir, state_dict=weights)
             if self.args.push_to_hub and not _internal_call:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         else:
@@ -503,7 +511,7 @@ class VideoTrainer(Trainer):
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         two_experts = len(self.video_model.denoisers) > 1
-        with self.averaged_weights():
+        with self.averaged_weights() if state_dict is None else contextlib.nullcontext():
             for name, model in self._trained_denoisers().items():
                 if isinstance(model, PeftModel):
                     owner = name if two_experts else None
@@ -524,7 +532,10 @@ class VideoTrainer(Trainer):
 
     def role_weights(self) -> dict[str, Tensor]:
         """Weights of further policies, by name: saved with every checkpoint and filled in place when a run resumes."""
-        return {f"{role}.{name}": t for role, weights in self.roles.items() for name, t in weights.average.items()}
+        averages = dict(self.roles)
+        if self.is_fsdp_enabled and self.average is not None:
+            averages["average"] = self.average  # without shards it is read from the model's own files
+        return {f"{role}.{name}": t for role, weights in averages.items() for name, t in weights.average.items()}
 
     def _load_weights(self, directory: str | os.PathLike) -> None:
         for name, model in self._trained_denoisers().items():
@@ -537,10 +548,10 @@ class VideoTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # The Trainer's own knows only the file names of transformers and PEFT, and waits for ever for an adapter in shards
         if self.is_fsdp_enabled:
+            self._find_shards()
             load_whole_weights(self.model, resume_from_checkpoint)
-            self.load_rank_state(Path(resume_from_checkpoint))
-            return
-        self._load_weights(resume_from_checkpoint)
+        else:
+            self._load_weights(resume_from_checkpoint)
         if self.average is not None:
             load_average(self.average, resume_from_checkpoint)
         load_roles(self.role_weights(), resume_from_checkpoint)
@@ -548,11 +559,18 @@ class VideoTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         # The Trainer's own would not find the files, log that, and silently keep the last weights
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._load_best_model()
-        self._load_weights(self.state.best_model_checkpoint)
-        if self.average is not None:
-            self.average.reset()
+        best = self.state.best_model_checkpoint
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        elif self.is_fsdp_enabled and self.average is None:
+            load_whole_weights(self.model, best)
+        elif self.is_fsdp_enabled:
+            load_roles({n: t for n, t in self.role_weights().items() if n.startswith("average.")}, best)
+            self.average.copy_to_module()
+        else:
+            self._load_weights(best)
+            if self.average is not None:
+                self.average.reset()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # The Trainer's own writes straight into the final directory, which a crash would leave half-written
@@ -573,8 +591,10 @@ class VideoTrainer(Trainer):
                 self.save_rank_state(staging)
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(final)
+            roles = gathered(self.role_weights()) if self.is_fsdp_enabled else self.role_weights()
             if self.args.should_save:
                 self._save_trainer_state(staging)
+                save_roles(roles, staging)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 write_manifest(staging, step=self.state.global_step, **self._identity())
@@ -598,7 +618,6 @@ class VideoTrainer(Trainer):
         self.state.save_to_json(str(directory / "trainer_state.json"))
         if self.average is not None:
             save_average(self.average, directory)
-        save_roles(self.role_weights(), directory)
 
     # ---- Hub ----
 

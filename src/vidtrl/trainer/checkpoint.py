@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .ema import WeightAverage
+from .sharding import fill
 
 
 MANIFEST = "vidtrl.json"
@@ -143,8 +145,12 @@ def save_denoiser(model: nn.Module, final: Path, state_dict: dict[str, Tensor] |
 
 
 def save_average(average: WeightAverage, directory: Path) -> None:
-    """Write the weights that training itself continues from; what is saved as the model's are their averages."""
-    raw = {name: p.detach().cpu() for name, p in average.parameters.items()}
+    """
+    Write the weights that training itself continues from; what is saved as the model's are their averages.
+
+    Sharded weights are left to what writes the optimizer's shards, and their average to [`save_roles`].
+    """
+    raw = {name: p.detach().cpu() for name, p in average.parameters.items() if not isinstance(p, DTensor)}
     raw["num_updates"] = torch.tensor(average.num_updates)
     save_file(raw, directory / RAW_WEIGHTS)
 
@@ -159,16 +165,18 @@ def load_average(average: WeightAverage, directory: str | os.PathLike) -> None:
     raw = Path(directory, RAW_WEIGHTS)
     if not raw.is_file():
         raise ValueError(f"cannot resume from {directory}: it was written without ema_decay")
-    average.reset()
     weights = load_file(raw)
     average.num_updates = int(weights.pop("num_updates"))
+    if not weights:  # sharded
+        return
+    average.reset()
     with torch.no_grad():
         for name, parameter in average.parameters.items():
             parameter.copy_(weights[name])
 
 
 def save_roles(weights: dict[str, Tensor], directory: Path) -> None:
-    """Write the weights of further policies, if there are any."""
+    """Write the (whole) weights of further policies, if there are any."""
     if weights:
         save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, directory / ROLE_WEIGHTS)
 
@@ -178,7 +186,7 @@ def load_roles(weights: dict[str, Tensor], directory: str | os.PathLike) -> None
     if weights:
         saved = load_file(Path(directory, ROLE_WEIGHTS))
         for name, tensor in weights.items():
-            tensor.copy_(saved[name])
+            fill(tensor, saved[name])
 
 
 def verify_checkpoint(directory: str | os.PathLike, **identity: dict | None) -> None:

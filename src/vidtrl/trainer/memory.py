@@ -245,7 +245,7 @@ def _sharded(phase: Phase, run: Run, strategy: str, number: int) -> Phase:
                 phase[part] = phase.get(part, 0) - sum(p.nbytes - width * p.numel() for p in own)
             phase["gradients"] = phase.get("gradients", 0) // 2
     kept = ("gradients", "optimizer") if strategy != "ddp" else ()
-    for part in kept if strategy in ("ddp", "zero2") else (*kept, "denoiser", "adapters"):
+    for part in kept if strategy in ("ddp", "zero2") else (*kept, "denoiser", "adapters", "ema"):
         phase[part] = math.ceil(phase.get(part, 0) / number)
     phase["communication"] = communication
     return phase

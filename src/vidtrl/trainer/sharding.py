@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .base_config import VideoTrainingConfig
 from .lora import repeated_blocks
@@ -88,13 +88,14 @@ def set_up_ddp(args: VideoTrainingConfig, num_denoisers: int) -> None:
         args.ddp_broadcast_buffers = False
 
 
-def check_sharded(args: VideoTrainingConfig, num_denoisers: int) -> None:
+def check_sharded(args: VideoTrainingConfig, num_denoisers: int, kind: str) -> None:
     """
     Refuse what does not work with sharded weights.
 
     Args:
         args ([`VideoTrainingConfig`]): The run's.
         num_denoisers (`int`): How many are trained.
+        kind (`str`): `"FSDP"` or `"DeepSpeed"`.
 
     Raises:
         `ValueError`: Says what to set.
@@ -109,9 +110,10 @@ def check_sharded(args: VideoTrainingConfig, num_denoisers: int) -> None:
             "on_nan='skip' does not work with sharded weights (FSDP, DeepSpeed): a process that leaves out a micro-batch would "
             "leave the others waiting for its share. Set on_nan='raise'"
         )
-    if args.ema_decay is not None:
+    if args.ema_decay is not None and kind == "DeepSpeed":
         raise ValueError(
-            "ema_decay does not work with sharded weights (FSDP, DeepSpeed); leave it unset, or set it to 0 if a recipe fills it"
+            "ema_decay does not work with DeepSpeed; leave it unset, or set it to 0 if a recipe fills it, or shard with FSDP "
+            "(--accelerate_config fsdp2)"
         )
 
 
@@ -178,11 +180,20 @@ def whole_weights(model: nn.Module, trained_only: bool) -> dict[str, Tensor]:
         `dict[str, torch.Tensor]`: On the CPU, by their names in `model.state_dict()`.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        if name in trained or not trained_only:
-            weights[name] = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
-    return weights
+    return gathered({n: t for n, t in model.state_dict().items() if n in trained or not trained_only})
+
+
+def gathered(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, of which some may be sharded; all processes must call it."""
+    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu() for n, t in weights.items()}
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, whole: Tensor) -> None:
+    """Overwrite a tensor that may be sharded, with its part of a whole one that every process has."""
+    if isinstance(tensor, DTensor):
+        whole = distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(whole)
 
 
 def load_whole_weights(model: nn.Module, checkpoint: str | os.PathLike) -> None:
