@@ -613,7 +613,7 @@ def test_command_serves_resumes_and_ends_with_the_table(folders, tmp_path):
             connection.request("POST", f"/{token}/vote", json.dumps(vote))
             assert connection.getresponse().read() == b'{"saved": true}'
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=90)
         assert process.returncode == 0 and err == "" and f"{judged_before + 1} of 6 pairs judged" in out
         connection.close()
 
