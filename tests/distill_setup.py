@@ -14,6 +14,7 @@ from sft_setup import SIZE  # noqa: E402
 from tiny_pipelines import tiny_wan_transformer, wan  # noqa: E402
 
 from vidtrl import VideoDistillConfig, VideoDistillTrainer  # noqa: E402
+from vidtrl.trainer.sharding import whole  # noqa: E402
 
 
 gc.freeze()  # as in sft_setup
@@ -65,8 +66,8 @@ def history(trainer, name) -> list[float]:
 
 
 def weights(trainer, role="student") -> dict:
-    """A copy of a role's trained weights."""
-    return {name: p.detach().clone() for name, p in trainer.policies.parameters(role).items()}
+    """A copy of a role's trained weights, whole: all processes must call it."""
+    return {name: whole(p.detach().clone()) for name, p in trainer.policies.parameters(role).items()}
 
 
 def distance(a: dict, b: dict) -> float:

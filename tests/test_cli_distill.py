@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -139,7 +140,8 @@ def test_two_processes_train_together(config, tmp_path):
     # one process would write rng_state.pth
     checkpoint = tmp_path / "out" / "checkpoint-1"
     assert sorted(f.name for f in checkpoint.glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
-    # weights in shards are refused, in every process and before anything is sampled
+    shutil.rmtree(tmp_path / "out")
     command = ["distill", "--config", path, "--accelerate_config", "fsdp2", "--num_processes", "2"]
     done = subprocess.run([sys.executable, "-m", "vidtrl.cli.main", *command], capture_output=True, text=True, env=ENV)
-    assert done.returncode not in (0, 130) and "use --accelerate_config multi_gpu" in done.stderr
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [f.name for f in checkpoint.glob("optimizer*")] == ["optimizer.bin"]  # in shards

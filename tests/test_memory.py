@@ -281,6 +281,18 @@ def test_an_average_is_sharded_as_its_weights_are():
     assert whole["ema"] == whole["denoiser"] == 4 * shards["ema"]
 
 
+def test_roles_of_a_distillation_share_a_sharded_base():
+    found = [
+        estimate("distill", SIZE, toy.pipeline_path(), peft_config=LORA, strategy=s, num_processes=4).phases[
+            "student step"
+        ]
+        for s in ("ddp", "fsdp2")
+    ]
+    whole, shards = found
+    for part in ("denoiser", "adapters", "optimizer"):
+        assert shards[part] == -(-whole[part] // 4) > 0
+
+
 @pytest.mark.parametrize("kind", ["experts", "fsdp2", "zero2"])
 def test_a_rollout_is_counted_as_the_trainer_runs_it(kind):
     """With two experts, or sharded weights, no update uses the rollout's forward; with one whole denoiser it does."""

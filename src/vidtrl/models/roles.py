@@ -11,11 +11,12 @@ share one base and switching is a matter of flags. Two mistakes are silent witho
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 
@@ -29,11 +30,13 @@ class Role:
         adapters (`tuple[str, ...]` or `None`): Those that are on while it is called, one upon the other; `None` for a module
             that carries none.
         parameters (`dict[str, nn.Parameter]`): What of it is trained, by name; empty for a frozen role.
+        owners (`list[tuple[nn.Module, str]]`, *optional*): Where those stand that FSDP shards: a module and an attribute.
     """
 
     module: nn.Module
     adapters: tuple[str, ...] | None
     parameters: dict[str, nn.Parameter]
+    owners: list[tuple[nn.Module, str]] = field(default_factory=list)
 
 
 class HasSnapshot(Protocol):
@@ -104,6 +107,8 @@ class Roles:
         for role in self._roles.values():
             present = dict(role.module.named_parameters())
             role.parameters = {name: present[name] for name in role.parameters}
+            paths = [name.rpartition(".") for name, p in role.parameters.items() if isinstance(p, DTensor)]
+            role.owners = [(role.module.get_submodule(path), name) for path, _, name in paths]
 
     @property
     def current(self) -> str:
@@ -145,8 +150,12 @@ class Roles:
                 for adapter_layers in layer.adapter_layer_names:
                     getattr(layer, adapter_layers).requires_grad_(False)
         for other in self._roles.values():
+            trained = other is role and not frozen
             for parameter in other.parameters.values():
-                parameter.requires_grad_(other is role and not frozen)
+                parameter.requires_grad_(trained)
+            # what stands in the module may be gathered at present, and is another tensor then
+            for owner, attribute in other.owners:
+                getattr(owner, attribute).requires_grad_(trained)
         self._current = name, frozen
 
     def snapshot(self) -> Callable[[], contextlib.AbstractContextManager]:

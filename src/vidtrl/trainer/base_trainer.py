@@ -65,6 +65,7 @@ from .sharding import (
     prepare_fsdp,
     set_up_ddp,
     shard_on_cpu,
+    whole,
     whole_weights,
 )
 
@@ -430,7 +431,7 @@ class VideoTrainer(Trainer):
             # the norm of weights without gradients would be a number on the CPU
             groups = [group for group in groups if any(p.grad is not None for p in group)]
             norms = [nn.utils.clip_grad_norm_(group, self.args.max_grad_norm) for group in groups]
-            norm = torch.stack(norms).norm()
+            norm = torch.stack([whole(norm) for norm in norms]).norm()
         if self.args.fp16 or norm is None or torch.isfinite(torch.as_tensor(norm)):
             return norm  # float16 overflows now and then: its gradient scaler skips such steps
         what = f"the gradient is {float(norm)} at step {self.state.global_step + 1}, though the loss is finite"

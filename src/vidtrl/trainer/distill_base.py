@@ -36,6 +36,7 @@ from .distill_teacher import (
     weights_elsewhere,
 )
 from .lora import load_adapter, save_adapter
+from .sharding import whole
 
 
 class DistillBase(ClipTrainer):
@@ -57,13 +58,16 @@ class DistillBase(ClipTrainer):
         self.streams: Streams | None = None
         self.latent_shape: tuple[int, int, int, int] | None = None  # of all videos, unless clips fall into buckets
         self._negatives: dict[tuple, Condition] = {}  # the other branch of the teacher's guidance, by latent shape
+        self._below: dict[str, Tensor] | None = None  # adapters under the roles, before FSDP shards them
         self.means = RunningMeans()
         super().__init__(model, args, peft_config=peft_config, **kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
             raise ValueError(
-                "distillation switches roles between and within steps, which does not work with sharded weights (FSDP, "
-                "DeepSpeed): use --accelerate_config multi_gpu; with peft_config all roles share one copy of the base"
+                "distillation switches roles between and within steps, which does not work with DeepSpeed: use "
+                "--accelerate_config fsdp2 (with peft_config) or multi_gpu"
             )
+        if self.is_fsdp_enabled:
+            check_sharded(args, peft_config)
         self._add_roles(peft_config)
         if args.stream_num_frames is not None:
             # what the block behind a window sees of it
@@ -81,6 +85,10 @@ class DistillBase(ClipTrainer):
     def _add_roles(self, peft_config: PeftConfig | None) -> None:
         """Fake score and teacher beside the student: adapters on its base, or copies of its module."""
         args, student = self.args, self.model
+        if self.is_fsdp_enabled:
+            below = self.policies.adapters("base")
+            carried = {n: p for n, p in student.named_parameters() if any(f".{a}." in f"{n}." for a in below)}
+            self._below = {name: parameter.detach().cpu().clone() for name, parameter in carried.items()}
         if peft_config is not None:
             if args.init_adapter is not None:
                 load_adapter(student, args.init_adapter)  # before the average begins
@@ -120,6 +128,25 @@ class DistillBase(ClipTrainer):
             # a role whose turn it is not has no gradients, and the optimizer passes over it, state and decay included
             self.optimizer = kind(groups, **{**kwargs, "weight_decay": self.args.weight_decay})
         return self.optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        # torch fills the states of sharded weights that require gradients, and wants one for each of them: those of the
+        # active role do, and its turn may not have come yet
+        saved = torch.load(Path(checkpoint, "optimizer.bin"), weights_only=True, mmap=True)["state"]
+        weights = {
+            n: p
+            for role in ("student", "fake")
+            if role in self.policies
+            for n, p in self.policies.parameters(role).items()
+        }
+        before = {name: parameter.requires_grad for name, parameter in weights.items()}
+        for name, parameter in weights.items():
+            parameter.requires_grad_(name in saved)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for name, parameter in weights.items():
+            parameter.requires_grad_(before[name])
 
     def role_weights(self) -> dict[str, Tensor]:
         fake = self.policies.parameters("fake") if "fake" in self.policies else {}
@@ -396,7 +423,7 @@ class DistillBase(ClipTrainer):
             if source is None or os.path.exists(os.path.expanduser(source)):
                 source = f"base_adapters/{len(below)}"  # relative to the file that says it
                 (directory / source).mkdir(parents=True, exist_ok=True)
-                save_adapter(self._unwrapped(), directory / source, name=name)
+                save_adapter(self._unwrapped(), directory / source, self._below, name)
             below.append(source)
         config = self.student_config(below)
         write_distill_config(directory, **dataclasses.asdict(config))
@@ -422,7 +449,7 @@ class DistillBase(ClipTrainer):
         if "loss" in logs:
             logs |= self.means.collect(self.accelerator)
             norms = [parameter.detach().norm() for parameter in self.policies.parameters("student").values()]
-            logs["student_norm"] = torch.stack(norms).norm().item()
+            logs["student_norm"] = torch.stack([whole(norm) for norm in norms]).norm().item()
         super().log(logs, start_time)
 
     @torch.no_grad()
@@ -458,6 +485,26 @@ class DistillBase(ClipTrainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics[f"{metric_key_prefix}_loss"] = found["loss/student"]
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=number)
+
+
+def check_sharded(args: VideoDistillConfig, peft_config: PeftConfig | None) -> None:
+    """
+    Refuse what does not work with FSDP.
+
+    Args:
+        args ([`VideoDistillConfig`]): The run's.
+        peft_config (`LoraConfig`, *optional*): The roles' adapters.
+
+    Raises:
+        `ValueError`: Says what to set.
+    """
+    if peft_config is None:
+        raise ValueError(
+            "without peft_config each role is a model of its own, and FSDP shards one: pass a LoraConfig, or use "
+            "--accelerate_config multi_gpu"
+        )
+    if args.loss_type == "consistency" and args.consistency == "continuous" and args.tangent == "jvp":
+        raise ValueError("tangent='jvp' cannot pass through sharded weights: set tangent='finite_difference'")
 
 
 def prompts_digest(rows: Dataset | IterableDataset) -> str:

@@ -153,16 +153,23 @@ class Trajectories:
         self.directory.mkdir(parents=True, exist_ok=True)
         write_atomic(self.directory / "settings.json", json.dumps(settings, indent=1, sort_keys=True, default=str))
 
-    def get(self, names: list[str], make: Callable[[list[int]], Tensor]) -> Tensor:
+    def missing(self, names: list[str]) -> list[str]:
+        """Those that were not computed yet, each once."""
+        return [name for name in dict.fromkeys(names) if not self._path(name).is_file()]
+
+    def get(self, names: list[str], make: Callable[[list[int]], Tensor], together: bool = False) -> Tensor:
         """
         Args:
             names (`list[str]`): Those of a batch; see [`trajectory_names`].
             make (`Callable`): `make(which)`: the states of some of the batch, (n, S + 1, C, f, h, w); called for the missing.
+            together (`bool`, *optional*, defaults to `False`): Call it in any case, as other processes wait for this one.
 
         Returns:
             `Tensor`: (B, S + 1, C, f, h, w) float32 on the CPU; the last state is the clean end.
         """
-        missing = [name for name in dict.fromkeys(names) if not self._path(name).is_file()]
+        missing = self.missing(names)
+        if together and not missing:
+            make([0])
         if missing:
             made = make([names.index(name) for name in missing]).to("cpu", torch.float16)
             for name, states in zip(missing, made, strict=True):

@@ -20,7 +20,7 @@ import os
 import random
 
 import torch
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, gather_object
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftConfig
@@ -40,6 +40,7 @@ from .distill_config import VideoDistillConfig
 from .distill_streams import Stream
 from .distill_teacher import trajectory_grid, trajectory_names
 from .draws import draw_seed, generators, randn
+from .sharding import whole
 
 
 DECODED_FRAMES = 8  # latent frames of a stream that are decoded for the image of the last one
@@ -198,7 +199,7 @@ class VideoDistillTrainer(DistillBase):
 
     def exchange_gradients(self, roles: tuple[str, ...], check: bool = True) -> None:
         """
-        Average the gradients of a step's roles over all processes, in one message a role.
+        Average the gradients of a step's roles over all processes, in one message a role. FSDP has done so already.
 
         By hand: a step has any number of forwards without a backward, and weights without gradients, both of which
         DistributedDataParallel's own exchange does not take. It never starts, as its forward is not called.
@@ -210,13 +211,13 @@ class VideoDistillTrainer(DistillBase):
         for role in roles:
             parameters = list(self.policies.parameters(role).values())
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            if self.args.world_size > 1:
+            if self.args.world_size > 1 and not self.is_fsdp_enabled:
                 flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
                 parts = flat.split([p.numel() for p in parameters])
                 gradients = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter.grad = gradient
-            if check and not any(bool(g.count_nonzero()) for g in gradients):
+            if check and not any(bool(whole((g != 0).sum())) for g in gradients):
                 raise RuntimeError(
                     f"the gradient of the role {role!r} is exactly zero at step {self.state.global_step + 1}: its forward does "
                     "not depend on its weights"
@@ -317,7 +318,8 @@ class VideoDistillTrainer(DistillBase):
     def _regression_loss(self, inputs: dict, sources: list[torch.Generator]) -> Tensor:
         """From a point of the teacher's trajectory to its end (CausVid, https://huggingface.co/papers/2412.07772, eq. 6)."""
         names = trajectory_names(inputs["index"], inputs["condition"])
-        states = self.trajectories.get(names, lambda which: self._teacher_trajectories(inputs, which))
+        together = self.is_fsdp_enabled and any(gather_object([bool(self.trajectories.missing(names))]))
+        states = self.trajectories.get(names, lambda which: self._teacher_trajectories(inputs, which), together)
         states = states.to(self.args.device)
         clean = states[:, -1]
         index = self._draw_index(clean, sources, len(self.sigmas))

@@ -170,8 +170,8 @@ def estimate(
     if teacher_model is not None and trainer != "distill":
         raise ValueError(f"teacher_model is for trainer='distill', not {trainer!r}")
     config = as_config(trainer, config, num_processes)
-    if trainer == "distill" and strategy != "ddp":
-        raise ValueError("distillation works with strategy='ddp' only: it switches roles between and within steps")
+    if trainer == "distill" and (strategy in ("zero2", "zero3") or (strategy == "fsdp2" and peft_config is None)):
+        raise ValueError("distillation works with strategy='ddp', and with 'fsdp2' if there is a peft_config")
     run, phases = trace_run(trainer, config, model, peft_config, teacher_model, sharded=strategy != "ddp")
     share = _quantised_share(run.denoiser, quantization_bits)
     for name, phase in phases.items():
@@ -289,7 +289,8 @@ def alternatives(
         changes.append(("a LoRA adapter of rank 32 (use_peft)", {}, {"peft_config": LoraConfig(r=32)}))
     elif kwargs.get("quantization_bits") is None:
         changes.append(("load_in_4bit=True", {}, {"quantization_bits": 4}))
-    if trainer != "distill" and kwargs.get("strategy", "ddp") in ("ddp", "zero2"):
+    shards = trainer != "distill" or kwargs.get("peft_config") is not None
+    if shards and kwargs.get("strategy", "ddp") in ("ddp", "zero2"):
         number = max(8, kwargs.get("num_processes", 1))
         changes.append(
             (f"FSDP2 over {number} devices{and_anew}", anew, {"strategy": "fsdp2", "num_processes": number})

@@ -185,15 +185,20 @@ def whole_weights(model: nn.Module, trained_only: bool) -> dict[str, Tensor]:
 
 def gathered(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors on the CPU, of which some may be sharded; all processes must call it."""
-    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu() for n, t in weights.items()}
+    return {n: whole(t).detach().cpu() for n, t in weights.items()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded; all processes must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
-def fill(tensor: Tensor, whole: Tensor) -> None:
+def fill(tensor: Tensor, values: Tensor) -> None:
     """Overwrite a tensor that may be sharded, with its part of a whole one that every process has."""
     if isinstance(tensor, DTensor):
-        whole = distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
-    tensor.copy_(whole)
+        values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(values)
 
 
 def load_whole_weights(model: nn.Module, checkpoint: str | os.PathLike) -> None:
