@@ -39,6 +39,7 @@ STAGES = [  # what is done, id, where, settings
     ("DPM-Solver++", "2211.01095", "the tail of a rollout", 'tail_solver="dpm-solver++"'),
     ("DDPO's compressibility task", "2305.13301", "rewards that are meant to be gamed", '"jpeg-compressibility", "jpeg-incompressibility"'),
     ("RePrompt", "2505.17540", "`vidtrl prompt`: `video_reward`, `structure_reward`", ""),
+    ("PromptRL's joint training", "2602.01382", "`examples/joint_prompt_video`", ""),
     ("DMD", "2311.18828", "`dmd_loss`", 'loss_type="dmd"'),
     ("Score identity distillation", "2404.04057", "`sid_loss`", 'loss_type="sid"'),
     ("Consistency models", "2303.01469", "`consistency_loss`", 'loss_type="consistency"'),

@@ -1,8 +1,6 @@
 """The toy world's paraphrases, its small language model, and that training it teaches words that no pair has."""
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -185,18 +183,6 @@ def test_right_clips_measures_what_users_asked_for():
         False,
     ]
     assert reward.renders == 0
-
-
-@pytest.mark.slow
-def test_joint_example_runs(tmp_path):
-    script = ROOT / "examples" / "joint_prompt_video.py"
-    command = [sys.executable, str(script), "--smoke", "--output_dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("reward ") == 4
-    assert (tmp_path / "enhancer" / "prompt_enhancer.json").is_file()
-    for number in (0, 1):
-        assert (tmp_path / f"round-{number}" / "video" / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_settings_are_plain_data():
