@@ -23,14 +23,14 @@ USER_MODELS = {"prompt": ("grpo", "enhancer"), "distill": ("distill",)}  # on us
 ATTRIBUTES = ("color", "shape", "direction")
 # seconds a unit on two quiet CPU cores: what the first guess of the time left is made of
 PACE = {
-    "clips": 0.012,
-    "sft": 0.085,
-    "grpo": 6.3,
-    "prompt": 1.6,
-    "distill": 0.42,
-    "generate": 0.0062,
-    "speed": 25,
-    "report": 0.03,
+    "clips": 0.007,
+    "sft": 0.15,
+    "grpo": 4.3,
+    "prompt": 0.85,
+    "distill": 0.21,
+    "generate": 0.0034,
+    "speed": 20,
+    "report": 0.0073,
 }
 
 
