@@ -205,7 +205,7 @@ def run(argv: Sequence[str]) -> int:
         "--base", metavar="DIR", help="another WanPipeline of the toy world in place of the shipped one"
     )
     parser.add_argument(
-        "--full", action="store_true", help="more clips and longer trainings: about 20 minutes on two cores"
+        "--full", action="store_true", help="more clips and longer trainings: about ten minutes on two quiet cores"
     )
     args = parser.parse_args(argv)
     if args.seed < 0:
