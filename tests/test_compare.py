@@ -600,7 +600,13 @@ def test_command_serves_resumes_and_ends_with_the_table(folders, tmp_path):
     command = [sys.executable, "-m", "vidtrl.cli.main", "compare", *map(str, folders), "--output", str(output)]
     for judged_before in (0, 1):
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "120"}
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"COLUMNS": "120"},
+            # a shell's background job, in which tests may run, ignores it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         line = next(line for line in process.stdout if line.startswith("Open http://127.0.0.1:"))
         port, token = re.fullmatch(r"Open http://127\.0\.0\.1:(\d+)/(.+)/\n", line).groups()
