@@ -167,7 +167,7 @@ def write_demo_report(output: Path, results: dict) -> Path:
             higher_is_better=higher,
             percent=True,
             digits=digits,
-            help=help_text,
+            help=f"{help_text} ({results['num_user_clips']} clips)" if key == "users_all" else help_text,
         )
         for key, row in results["metrics"].items()
         if not (key.startswith("users_") and key != "users_all")  # as many as a page is wide

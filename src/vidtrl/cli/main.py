@@ -25,7 +25,7 @@ COMMANDS = {
     "push": (".push", "upload a trained model, an enhancer or a dataset of videos to the Hub"),
     "pull": (".pull", "download a model or a dataset from the Hub"),
     "export": (".export", "write a trained model in the form that other tools load, such as ComfyUI"),
-    "demo": (".demo", "post-train the shipped toy model on a laptop, SFT then GRPO, and show before and after"),
+    "demo": (".demo", "post-train the shipped toy model on a laptop, all four stages, and show before and after"),
     "env": (".env", "print versions and hardware, for bug reports"),
 }
 
