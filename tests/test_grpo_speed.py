@@ -220,6 +220,21 @@ def test_kept_graphs_do_not_keep_rewards_from_overlapping(tmp_path):
     assert calls == [4, 4]
 
 
+@pytest.mark.parametrize("shared, expected", [(False, [4, 4, 4, 4]), (True, [16])])
+def test_as_many_prompts_are_sampled_together_as_fill_a_batch(tmp_path, shared, expected):
+    """Each video's own noise: one prompt, and its async rewards overlap with the next. One latent a prompt: all of them."""
+    calls = []
+
+    def count(videos, **kwargs):
+        calls.append(len(videos))
+        return [float(i) for i in range(len(videos))]
+
+    trainer = make_trainer(tmp_path, shared_noise=shared, per_device_train_batch_size=16, rollout_batch_size=4)
+    trainer.rewards = type(trainer.rewards)(count)
+    generation(trainer)
+    assert calls == expected
+
+
 @pytest.mark.parametrize("recipe", ["flash-grpo", "longcat"])
 def test_guidance_in_one_call_has_the_gradient_of_two(tmp_path, recipe):
     """Chosen before the first rollout: on a CPU one call."""

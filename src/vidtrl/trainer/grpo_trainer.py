@@ -16,6 +16,7 @@ Left out: learned rewards' gradients (ReFL), per-token entropy terms, rollout en
 """
 
 import contextlib
+import math
 import os
 import random
 import time
@@ -297,15 +298,16 @@ class VideoGRPOTrainer(VideoTrainer):
             source = torch.Generator().manual_seed(draw_seed(args.seed, epoch, number, group, *key))
             return torch.randn(self.latent_shape, generator=source)
 
-        # a few groups at a time: their async rewards are computed while the next ones are sampled
+        # as many groups at a time as fill the denoiser's batch: their async rewards are computed while the next ones are sampled
         latents, decisions, videos, handles, evaluations = [], [], [], [], 0
         batch_size = args.rollout_batch_size or args.per_device_train_batch_size
+        together = math.lcm(batch_size, args.latents_per_prompt) // args.latents_per_prompt
         policy = self.roles["old"].swapped_in() if args.loss_type == "nft" else contextlib.nullcontext()
         if self.batch_guidance is None:
             self.batch_guidance = choose_batch_guidance(self, groups[0])
         with policy, self.equal_calls():
-            for start in range(0, len(groups), batch_size):
-                part = range(start, min(start + batch_size, len(groups)))
+            for start in range(0, len(groups), together):
+                part = range(start, min(start + together, len(groups)))
                 with self.metrics.timed("rollout_time"), self.accelerator.autocast(), torch.no_grad():
                     result = rollout(
                         model,
