@@ -573,6 +573,15 @@ def test_evaluation(tmp_path):
     assert again["eval_reward"] == metrics["eval_reward"]
 
 
+def test_videos_without_a_reward_do_not_count_in_evaluation(tmp_path):
+    def some(prompts, videos, **kwargs):
+        return [None if prompt == PROMPTS[0] else 2.0 for prompt in prompts]
+
+    arguments = dict(eval_dataset=dataset(2))
+    metrics = make_trainer(tmp_path, trainer=arguments, rewards=some, eval_num_inference_steps=1).evaluate()
+    assert metrics["eval_reward"] == metrics["eval_rewards/some/mean"] == 2.0
+
+
 def test_evaluation_during_training_uses_the_average_and_leaves_no_trace(tmp_path):
     class Evaluated(VideoGRPOTrainer):
         def generate_videos(self, *args, **kwargs):

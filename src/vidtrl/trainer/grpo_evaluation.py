@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from datasets import Dataset
 from torch import Tensor
 
-from .grpo_logging import nanstd
+from .grpo_logging import nanstd, total_rewards
 
 
 if TYPE_CHECKING:
@@ -52,5 +52,5 @@ def evaluate_prompts(trainer: "VideoGRPOTrainer", dataset: Dataset) -> dict[str,
         metrics[f"rewards/{name}/mean"] = rewards[:, i].nanmean().item()
         metrics[f"rewards/{name}/std"] = nanstd(rewards[:, i]).item()
     trained = rewards[:, : len(trainer.rewards.names)]
-    metrics["reward"] = (trained * trainer.rewards.weights).nansum(-1).mean().item()
+    metrics["reward"] = total_rewards(trained, trainer.rewards.weights).nanmean().item()
     return metrics

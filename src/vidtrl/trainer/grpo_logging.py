@@ -85,8 +85,7 @@ class GenerationMetrics:
             column = rewards[..., i]
             self.values[f"rewards/{name}/mean"].append(column.nanmean().item())
             self.values[f"rewards/{name}/std"].append(nanstd(column).item())
-        total = (rewards * runner.weights).nansum(-1)  # (P, G)
-        total[rewards.isnan().all(-1)] = torch.nan  # no reward applies
+        total = total_rewards(rewards, runner.weights)  # (P, G)
         self.values["reward"].append(total.nanmean().item())
         self.values["reward_std"].append(nanstd(total).item())
         self.values["reward_std/within_prompt"].append(sum(nanstd(group).item() for group in total) / len(total))
@@ -165,6 +164,11 @@ def nanstd(values: Tensor) -> Tensor:
     """Standard deviation of what is known; 0 of fewer than two."""
     known = values[~values.isnan()]
     return known.std() if len(known) > 1 else torch.tensor(0.0)
+
+
+def total_rewards(rewards: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums (...,) of rewards (..., R) as far as they apply; NaN where none does."""
+    return torch.where(rewards.isnan().all(-1), torch.nan, (rewards * weights).nansum(-1))
 
 
 def video_advantages(plans: list[Plan], advantages: dict[tuple[int, int, int], float]) -> dict[tuple[int, int], float]:
