@@ -419,6 +419,16 @@ def test_preferences_and_clips_from_rows(hub, tmp_path):  # noqa: F811
     assert [row["score"] for row in rows] == [None, 1.0]
 
 
+def test_a_dataset_that_was_pulled_is_pushed_again(hub, tmp_path):  # noqa: F811
+    """Whatever a prompt holds: some characters end a line for Python, and not in JSON."""
+    prompt = "one\u2028two\x85three\nfour"
+    push_sft([{"prompt": prompt, "video": clip(tmp_path / "a.mp4")}], "me/clips")
+    push_sft(pull_from_hub("me/clips", tmp_path / "pulled", repo_type="dataset"), "me/again")
+    files = [hub.repo(f"me/{name}", "dataset").files() for name in ("clips", "again")]
+    (row,) = [json.loads(line) for line in files[1]["metadata.jsonl"].decode().split("\n") if line]
+    assert row["prompt"] == prompt and files[0]["metadata.jsonl"] == files[1]["metadata.jsonl"]
+
+
 def test_load_dataset_reads_them_back(hub, completions, tmp_path):  # noqa: F811
     """In a fresh process, as a reader of the card would."""
     push_rollouts(completions, "me/rollouts")

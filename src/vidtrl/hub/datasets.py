@@ -201,8 +201,8 @@ def _rows_of_folder(folder: Path) -> Iterable[dict[str, Any]]:
     path = folder / "metadata.jsonl"
     if not path.is_file():
         raise ValueError(f"there is no metadata.jsonl in {os.fspath(folder)!r}: give a folder of videos that has one")
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): a prompt may hold U+2028
+    for row in (json.loads(line) for line in lines if line.strip()):
         for name in [n for n in row if n == "file_name" or n.endswith("_file_name")]:
             file = PurePosixPath(row.pop(name))
             if file.is_absolute() or ".." in file.parts:
