@@ -252,7 +252,9 @@ class VideoModel:
             branch = negative and row.negative_branch and text is not None
             if branch:
                 single |= {"prompt": "", "negative_prompt": text}
-            with self.guidance(2.0 if branch else 1.0) as scale, self._encoding_once(picture, latent_shape):
+            more_images = any(name.endswith("image") for name in pipeline_kwargs)  # such as Wan's last_image
+            once = contextlib.nullcontext() if more_images else self._encoding_once(picture, latent_shape)
+            with self.guidance(2.0 if branch else 1.0) as scale, once:
                 caught = capture(self.pipe, self.denoisers, skip=int(branch), **scale, **single)
             conditions.append(self._to_condition(caught, latent_shape))
         return Condition.cat(conditions)
