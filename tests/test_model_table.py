@@ -94,7 +94,7 @@ def test_verdicts_are_current():
         assert row[4] == "yes" or row[4] == "`guidance_scale=1.0`", key
 
 
-@pytest.mark.parametrize("key", ["wan", "wan22", "hunyuan"])
+@pytest.mark.parametrize("key", ["wan", "wan22", "hunyuan", "hunyuan_i2v"])
 def test_trainers_say_what_the_page_says(key):
     build = model_table.builds()[key]
     name = type(build()[0]).__name__

@@ -443,7 +443,7 @@ def _hunyuan_i2v(**transformer):
     pipe = diffusers.HunyuanVideoImageToVideoPipeline(
         text_encoder=LlavaForConditionalGeneration(config).eval(),
         tokenizer=tokenizer,
-        transformer=_hunyuan_transformer(guidance_embeds=False, **transformer),
+        transformer=_hunyuan_transformer(**transformer),
         vae=tiny_hunyuan_vae(4),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
         text_encoder_2=tiny_clip_text(8),
@@ -456,13 +456,13 @@ def _hunyuan_i2v(**transformer):
 
 
 def hunyuan_i2v():
-    """The first latent frame is the image, and the denoiser knows."""
-    return _hunyuan_i2v(image_condition_type="token_replace")
+    """The first latent frame is the image, and the denoiser knows; as released, guidance is an input of it."""
+    return _hunyuan_i2v(image_condition_type="token_replace", guidance_embeds=True)
 
 
 def hunyuan_i2v_concat():
     """The image comes as extra input channels, and the pipeline drops the first four frames it decodes."""
-    return _hunyuan_i2v(image_condition_type="latent_concat", in_channels=9)
+    return _hunyuan_i2v(image_condition_type="latent_concat", in_channels=9, guidance_embeds=False)
 
 
 def hunyuan15():
