@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Video
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -32,7 +33,7 @@ from vidtrl.hub import (  # noqa: E402
     push_to_hub,
     upload,
 )
-from vidtrl.hub.upload import card_for, hide_tokens  # noqa: E402
+from vidtrl.hub.upload import card_for, create_repository, hide_tokens  # noqa: E402
 from vidtrl.trainer.completions import CompletionLog  # noqa: E402
 
 
@@ -138,6 +139,8 @@ def test_the_card_loads_and_plays_from_the_repository(hub, run):  # noqa: F811
     again = card_for(card, "lab/other", "v2")
     assert 'load_lora_weights("lab/other")' in again and f'src="{hub.url}/lab/other/resolve/v2/' in again
     assert card_for(again, "me/wan-sft") == card
+    branch = card_for(card, "me/wan-sft", "try/2")
+    assert f'src="{hub.url}/me/wan-sft/resolve/try%2F2/' in branch and card_for(branch, "me/wan-sft") == card
 
 
 def test_cards_of_odd_directories():
@@ -314,13 +317,13 @@ def test_a_server_that_recovers(hub, run, status):  # noqa: F811
     assert [fault.hits for fault in faults] == [1, 1] and set(hub.repo("me/wan-sft").files()) == PUSHED
 
 
-def test_retry_after_is_obeyed(hub, run, monkeypatch):  # noqa: F811
-    waited = []
-    monkeypatch.setattr(upload.time, "sleep", waited.append)
-    hub.fail("POST", "/api/repos/create", 429, headers={"Retry-After": "7"})
-    hub.fail("POST", "/api/repos/create", 429, headers={"Retry-After": "9999"})
-    push_to_hub(run, "me/wan-sft")
-    assert waited == [7, upload.MAX_WAIT]
+def test_retry_after_is_obeyed(hub, run, monkeypatch, caplog):  # noqa: F811
+    for header, limit, wait in (("1", 60.0, 1), ("9999", 0.5, 0.5)):
+        monkeypatch.setattr(upload, "MAX_WAIT", limit)
+        hub.fail("POST", "/api/repos/create", 429, headers={"Retry-After": header})
+        began = time.monotonic()
+        create_repository(HfApi(), "me/wan-sft", "model", None, None)
+        assert wait <= time.monotonic() - began < wait + 20 and f"trying again in {wait:g} s" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -427,6 +430,22 @@ def test_a_dataset_that_was_pulled_is_pushed_again(hub, tmp_path):  # noqa: F811
     files = [hub.repo(f"me/{name}", "dataset").files() for name in ("clips", "again")]
     (row,) = [json.loads(line) for line in files[1]["metadata.jsonl"].decode().split("\n") if line]
     assert row["prompt"] == prompt and files[0]["metadata.jsonl"] == files[1]["metadata.jsonl"]
+
+
+def test_a_folder_goes_up_as_the_dataset_it_is(hub, tmp_path):  # noqa: F811
+    """All of it, whatever a video is named; its card stays as it is, here and there."""
+    card = "---\nbase_model: lab/wan\n---\nMine.\n"
+    hub.put("lab/wan", {"README.md": b"---\nlicense: mit\n---\n"})
+    names = ["00-an-optimizer-at-work.mp4", "checkpoint-charlie.mp4", "config.yaml"]
+    unwanted = ["training_args.bin", "_half/a.mp4", ".cache/x"]
+    for name in [*names, *unwanted]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    (tmp_path / "README.md").write_text(card)
+    push_to_hub(tmp_path, "me/clips", repo_type="dataset")
+    files = hub.repo("me/clips", "dataset").files()
+    assert set(files) == {*names, "README.md"}
+    assert files["README.md"].decode() == card == (tmp_path / "README.md").read_text()
 
 
 def test_load_dataset_reads_them_back(hub, completions, tmp_path):  # noqa: F811

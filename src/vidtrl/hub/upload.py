@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
@@ -36,11 +37,15 @@ MODEL_FILES = [
 ]
 # of the run: what its card shows, adapters of earlier stages, and TensorBoard's logs, which the Hub shows as well
 PAGE_FILES = ["curves/*.png", "base_adapters/*", "runs/*"]
-# never: pickles (transformers' training_args.bin holds the token), training's state, unfinished files, what is hidden
-LEFTOVERS = [
+# never: pickles (transformers' training_args.bin holds the token), unfinished files, what is hidden
+UNWANTED = [
     *("_*", "*/_*", ".*", "*/.*", "*.tmp", "*.partial"),
-    *("checkpoint-*", "*/checkpoint-*", "last-checkpoint/*"),
-    *("*training_args.bin", "*.pt", "*.pth", "*.pkl", "*optimizer*"),
+    *("*training_args.bin", "*.pt", "*.pth", "*.pkl"),
+]
+# of a model besides: training's state
+LEFTOVERS = [
+    *UNWANTED,
+    *("checkpoint-*", "*/checkpoint-*", "last-checkpoint/*", "*optimizer*"),
     "config.yaml",  # how `vidtrl run` started a stage, with paths of this machine
 ]
 ATTEMPTS = 3  # of a push or a pull as a whole; the client retries single requests
@@ -88,14 +93,15 @@ def push_to_hub(
     directory = Path(directory).expanduser()
     if not directory.is_dir():
         raise ValueError(f"there is no directory {os.fspath(directory)!r}: give what a trainer's save_model wrote")
-    is_dataset = (directory / "metadata.jsonl").is_file()
-    repo_type = repo_type or ("dataset" if is_dataset else "model")
+    repo_type = repo_type or ("dataset" if (directory / "metadata.jsonl").is_file() else "model")
+    is_dataset = repo_type == "dataset"
     api = HfApi(token=token)
     repo_id = create_repository(api, repo_id, repo_type, private, revision)
     beside = directory if os.access(directory, os.W_OK) else None  # where large files can be linked
     with tempfile.TemporaryDirectory(prefix="_push-", dir=beside) as staging:
         stage(directory, Path(staging), repo_id, revision, everything=is_dataset)
-        add_licence(Path(staging, "README.md"), token)
+        if not is_dataset:
+            add_licence(Path(staging, "README.md"), token)
         message = commit_message or f"Upload {directory.name}"
         outdated = None if is_dataset else ["validation/*"]  # samples are those on the card
         return push_folder(api, staging, repo_id, repo_type, revision, message, outdated)
@@ -216,9 +222,9 @@ def retried(action: Callable[[], Any], what: str, token: str | bool | None = Non
             if not _may_pass(cause) or attempt == ATTEMPTS - 1:
                 # not `from error`, whose texts may hold what must not be logged
                 raise HubError(hide_tokens(f"{what}: {explain(cause)}", token)) from None
-            again = _retry_after(cause) or wait
+            again = min(_retry_after(cause) or wait, MAX_WAIT)
             logger.warning(hide_tokens(f"{what}: {explain(cause)}; trying again in {again:g} s", token))
-        time.sleep(min(again, MAX_WAIT))
+        time.sleep(again)
         wait *= 2
 
 
@@ -294,7 +300,7 @@ def stage(
         repo_id (`str`): Where the card's code is to load from.
         revision (`str`, *optional*): Of the repository.
         page (`Path`, *optional*): Whose card. Default: `directory`, or of a checkpoint its run's.
-        everything (`bool`, *optional*, defaults to `False`): All files, as of a dataset.
+        everything (`bool`, *optional*, defaults to `False`): All files but `UNWANTED`, as of a dataset.
 
     Raises:
         `ValueError`: There is no model.
@@ -304,7 +310,7 @@ def stage(
     if enhancer:  # in whose folders are the steps of its training
         names = [name for name in names if "/" not in name]
     if everything or enhancer or pipeline:
-        names = list(filter_repo_objects(names, ignore_patterns=LEFTOVERS))
+        names = list(filter_repo_objects(names, ignore_patterns=UNWANTED if everything else LEFTOVERS))
     else:
         weights = list(filter_repo_objects(names, allow_patterns=[*MODEL_FILES[:3]]))
         if not weights:
@@ -407,5 +413,6 @@ def card_for(text: str, repo_id: str, revision: str | None = None) -> str:
             inside = re.compile(rf'"{re.escape(before)}/([^"]+)"')
             text = inside.sub(rf'hf_hub_download("{repo_id}", "\g<1>")', text)
     text = text.replace('"PATH_OR_REPOSITORY"', f'"{repo_id}"')
-    base = f"{constants.ENDPOINT}/{repo_id}/resolve/{revision or constants.DEFAULT_REVISION}/"
+    branch = quote(revision or constants.DEFAULT_REVISION, safe="")  # as of a name with a slash
+    base = f"{constants.ENDPOINT}/{repo_id}/resolve/{branch}/"
     return _VIDEO.sub(rf"\g<1>{base}\g<2>\g<3>", text)
