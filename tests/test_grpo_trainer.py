@@ -540,6 +540,27 @@ def test_average_is_what_is_held_after_training(tmp_path):
     assert distance(trained_weights(short), start) > 1e-3
 
 
+def test_a_skipped_micro_batch_is_its_share_of_a_step(tmp_path):
+    """Of a step's many micro-batches one has a NaN loss: the step still has a loss, the mean of the others."""
+
+    class Broken(VideoGRPOTrainer):
+        losses = []
+
+        def compute_loss(self, model, inputs, **kwargs):
+            loss = super().compute_loss(model, inputs, **kwargs)
+            self.losses.append(loss.item())
+            return loss * math.nan if len(self.losses) == 2 else loss
+
+    config = dict(
+        recipe="flow-grpo", reuse_rollout=False, per_device_train_batch_size=4, gradient_accumulation_steps=2
+    )
+    trainer = make_trainer(tmp_path, cls=Broken, on_nan="skip", max_steps=1, **config)
+    trainer.train()
+    number, (logged,) = len(trainer.losses), history(trainer, "loss")
+    assert number > 2 and history(trainer, "num_skipped_batches") == [1]
+    assert logged == pytest.approx((sum(trainer.losses) - trainer.losses[1]) * number / (number - 1), rel=1e-4)
+
+
 # ---- Evaluation ----
 
 

@@ -397,9 +397,14 @@ class VideoTrainer(Trainer):
             self._last_log = time.monotonic(), self.state.global_step
         return super()._run_epoch(*args, epoch=epoch, **kwargs)
 
-    def finite_or_skip(self, loss: Tensor, sample_ids: list[str]) -> Tensor:
+    def finite_or_skip(self, loss: Tensor, sample_ids: list[str], share: float = 1.0) -> Tensor:
         """
         Return a finite loss unchanged. Of a NaN or infinite one: stop, or give the micro-batch no gradient.
+
+        Args:
+            loss (`torch.Tensor`): A scalar.
+            sample_ids (`list[str]`): What it was computed on, for the message.
+            share (`float`, *optional*, defaults to `1.0`): Of a call of `training_step`, that this loss stands for.
 
         Raises:
             `ValueError`: With `on_nan="raise"`; names step and samples.
@@ -413,7 +418,7 @@ class VideoTrainer(Trainer):
             )
         logger.warning(f"{what}: skipped")
         self.num_skipped_batches += 1
-        self._skipped_since_log += 1 / self.args.gradient_accumulation_steps
+        self._skipped_since_log += share / self.args.gradient_accumulation_steps
         # connected to every trainable weight, so that all processes still reduce the same gradients
         # (of the expert that was called: DDP has noted that the other one has no part in this)
         called = getattr(self._unwrapped(), self._unwrapped().last) if len(self.denoiser_names) > 1 else self.model

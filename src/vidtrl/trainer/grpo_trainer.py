@@ -631,7 +631,7 @@ class VideoGRPOTrainer(VideoTrainer):
                 if fresh and i == 0 and self.args.loss_type in ("clipped", "dppo"):
                     denoiser = self.video_model.denoisers[self.denoiser_name]
                     check_on_policy(self._last_ratio_deviation, self.args, denoiser)
-                loss = self.finite_or_skip(loss, [f"group {item.group}" for item in batch])
+                loss = self.finite_or_skip(loss, [f"group {item.group}" for item in batch], 1 / len(batches))
                 self.backward(loss, last)
             total += loss.detach()
         return total
