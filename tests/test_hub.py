@@ -506,6 +506,22 @@ def test_videos_that_no_browser_plays(hub, tmp_path):  # noqa: F811
 # ---- The commands ----
 
 
+def test_commands_find_the_hub_by_its_variable(hub, run, tmp_path):  # noqa: F811
+    """HF_ENDPOINT and HF_TOKEN of fresh processes, in which nothing was set by hand."""
+    for argv in (["push", str(run), "wan-sft"], ["pull", "me/wan-sft", "pulled"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "vidtrl.cli.main", *argv],
+            env=hub.environment(tmp_path / "home"),
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert ME not in done.stderr + done.stdout
+    assert (tmp_path / "pulled" / WEIGHTS).read_bytes() == (run / WEIGHTS).read_bytes()
+
+
 def test_commands(hub, run, completions, tmp_path, monkeypatch, capfd):  # noqa: F811
     assert main(["push", str(run), "wan-sft", "--private", "--message", "first"]) == 0
     assert capfd.readouterr().out.strip().startswith(f"{hub.url}/me/wan-sft/commit/")
