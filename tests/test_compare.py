@@ -578,10 +578,12 @@ def test_a_video_that_cannot_be_played_is_said(folders, tmp_path, browser):
     for path in a.glob("*.mp4"):
         path.write_bytes(b"no video")
     server = CompareServer(Comparison(a, folders[1], tmp_path / "v"))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     browser.open(server.url, 1440)
-    browser.wait(lambda: "cannot be played" in state(browser)["message"])
+    browser.wait(lambda: state(browser)["message"])
+    assert "video of this pair cannot be played. Is its file whole" in state(browser)["message"]
+    assert state(browser)["playing"] == 0
     server.shutdown()
     server.server_close()
     thread.join()
