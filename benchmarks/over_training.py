@@ -1,7 +1,7 @@
 """Over-training: a reward that can be gamed, trained far past the point where the videos are best, and what prevents it.
 
     pip install -e '.[benchmarks]'                            # for the picture
-    python benchmarks/over_training.py                        # all three runs, about 6 minutes on one CPU core
+    python benchmarks/over_training.py                        # all three runs, about 10 minutes on one shared CPU core
     python benchmarks/over_training.py --plot                 # only the table and the picture, from docs/over_training.json
 
 The reward is smoothness, minus the mean second difference of the pixels over time: what trembles is punished, and so is what
