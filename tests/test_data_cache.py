@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
@@ -245,6 +246,14 @@ def test_hashes_are_remembered(dataset, tmp_path, monkeypatch):
     assert hashes.content(path) == "remembered"
     os.utime(path)
     assert hashes.content(path) == want
+
+
+def test_pictures_that_look_different_have_different_hashes(tmp_path):
+    hashes, plain = store_module.FileHashes(tmp_path), Image.new("P", (4, 4))
+    red, blue = plain.copy(), plain.copy()
+    red.putpalette([255, 0, 0] * 256)
+    blue.putpalette([0, 0, 255] * 256)
+    assert hashes.content(red) == hashes.content(Image.new("RGB", (4, 4), "red")) != hashes.content(blue)
 
 
 def test_lost_index_and_damaged_shard(dataset, tmp_path, caplog, monkeypatch):

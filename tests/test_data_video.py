@@ -223,13 +223,15 @@ def test_torchcodec_decoder_objects(toy_mp4):
 def test_images_are_one_frame_videos(tmp_path):
     image = Image.fromarray(CLIP[8].permute(1, 2, 0).numpy()).crop((0, 0, 64, 48))
     image.save(tmp_path / "a.PNG")
-    rotated = image.getexif()
+    rotated = Image.Exif()
     rotated[0x0112] = 6  # the camera was held upright
     image.save(tmp_path / "b.jpg", exif=rotated)
     for source in (tmp_path / "a.PNG", (tmp_path / "a.PNG").read_bytes(), image, [image]):
         assert torch.equal(read_video(source), CLIP[8:9, :, :48])
         assert probe_video(source).num_frames == 1
-    assert read_video(tmp_path / "b.jpg").shape == (1, 3, 64, 48)
+    for source in (tmp_path / "b.jpg", (tmp_path / "b.jpg").read_bytes(), Image.open(tmp_path / "b.jpg")):
+        assert read_video(source).shape == (1, 3, 64, 48)
+        assert (probe_video(source).height, probe_video(source).width) == (64, 48)
     (tmp_path / "c.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match=r"c\.png cannot be read as an image"):
         probe_video(tmp_path / "c.png")

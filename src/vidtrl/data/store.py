@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from .video import read_video
+from .video import load_image, read_video
 
 
 logger = logging.getLogger(__name__)
@@ -161,8 +161,9 @@ class FileHashes:
         if isinstance(source, (bytes, bytearray, memoryview)):
             digest.update(source)
         elif isinstance(source, Image.Image):
-            digest.update(f"{source.mode}{source.size}".encode())
-            digest.update(source.tobytes())
+            image = load_image(source)  # what is used of it: the palette is looked up, the orientation applied
+            digest.update(f"{image.mode}{image.size}".encode())
+            digest.update(image.tobytes())
         else:
             array = source if isinstance(source, (np.ndarray, torch.Tensor)) else read_video(source)
             array = np.ascontiguousarray(array.numpy(force=True) if isinstance(array, torch.Tensor) else array)

@@ -221,7 +221,7 @@ def is_image_path(path) -> bool:
 def load_image(image) -> Image.Image:
     """A still image (PIL, path, bytes or `{"path", "bytes"}`) as an RGB `PIL.Image`, upright."""
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return ImageOps.exif_transpose(image).convert("RGB")
     name = source_name(image)
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
