@@ -20,7 +20,7 @@ from hub_server import hub  # noqa: E402, F401
 from torch import nn  # noqa: E402
 
 from vidtrl.cli.main import main  # noqa: E402
-from vidtrl.hub import export_comfyui  # noqa: E402
+from vidtrl.hub import HubError, export_comfyui  # noqa: E402
 from vidtrl.hub.comfyui import KEY_MAPS, to_comfyui  # noqa: E402
 from vidtrl.trainer.lora import add_lora, save_adapter  # noqa: E402
 
@@ -323,6 +323,10 @@ def test_from_the_hub(hub, tmp_path):  # noqa: F811
     (remote,) = export_comfyui("me/wan-sft", tmp_path / "remote")
     (local,) = export_comfyui(tmp_path / "run", tmp_path / "local.safetensors")
     assert remote == tmp_path / "remote" / "wan-sft.safetensors" and remote.read_bytes() == local.read_bytes()
+    with pytest.raises(HubError, match="cannot pull me/nowhere: there is no such repository"):
+        export_comfyui("me/nowhere", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="nothing at './run'"):
+        export_comfyui("./run", tmp_path / "nowhere")
 
 
 def test_every_row_belongs_to_a_family():

@@ -25,6 +25,8 @@ from transformers.utils import logging
 from ..models.families import FAMILIES, find_family
 from ..trainer.checkpoint import MANIFEST
 from ..trainer.lora import ADAPTER_FILE, EXPERT_FILES, PREFIX
+from .model_card import is_hub_id
+from .upload import retried
 
 
 logger = logging.get_logger(__name__)
@@ -171,6 +173,7 @@ def export_comfyui(
     Raises:
         `ValueError`: No adapter there, the family is not known or has no map, or the adapter has what the layout cannot
             hold (DoRA, biases, layers outside the map). The message says which and what to do.
+        [`HubError`]: The Hub refused, or could not be reached.
 
     Example:
 
@@ -326,11 +329,10 @@ def _adapter_files(source: str | os.PathLike) -> tuple[list[Path], Path]:
         return [path], path.parent
     if not path.is_dir():
         name = os.fspath(source)
-        if isinstance(source, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        if isinstance(source, Path) or not is_hub_id(name):
             raise ValueError(f"there is nothing at {name!r} (and a Hub id looks like 'organisation/name')")
-        path = Path(
-            snapshot_download(name, allow_patterns=["*.safetensors", MANIFEST], ignore_patterns="*checkpoint*")
-        )
+        wanted = {"allow_patterns": ["*.safetensors", MANIFEST], "ignore_patterns": "*checkpoint*"}
+        path = Path(retried(lambda: snapshot_download(name, **wanted), f"cannot pull {name}"))
     files = [path / name for name in (ADAPTER_FILE, *EXPERT_FILES.values()) if (path / name).is_file()]
     if not files:
         raise ValueError(
