@@ -94,7 +94,7 @@ def test_a_compiled_decoder_with_channels_last_decodes_the_same():
     torch.testing.assert_close(*videos)
 
 
-@pytest.mark.parametrize("name", ["wan", "hunyuan15"])
+@pytest.mark.parametrize("name", ["wan", "hunyuan15", "allegro"])
 def test_fused_adapters_are_the_same_model_without_adapters(tmp_path, name):
     pipe = make(name)
     for i in (1, 2):

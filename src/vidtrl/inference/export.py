@@ -20,11 +20,12 @@ from diffusers import (
     SkyReelsV2Transformer3DModel,
 )
 from huggingface_hub import snapshot_download
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..models.families import Family, find_family
 from ..models.loading import load_pipeline
 from ..models.schedule import NoiseSchedule
-from ..trainer.lora import ADAPTER_FILE, lora_loader
+from ..trainer.lora import ADAPTER_FILE, load_lora
 from . import scheduler as scheduler_file
 from .distill_config import CONFIG_FILE, StudentConfig, read_distill_config, write_distill_config
 from .optimization import fuse_adapters
@@ -179,25 +180,17 @@ def export_student(
 
 def load_adapters(pipe: DiffusionPipeline, adapters: dict[str, str | os.PathLike]) -> None:
     """
-    Load LoRA adapters with diffusers' own loader, all of them active, one upon the other.
+    Load LoRA adapters, all of them active, one upon the other.
 
     Args:
         pipe (`DiffusionPipeline`): The pipeline; its `transformer` gets them.
         adapters (`dict`): Name -> directory, file or Hub id.
-
-    Raises:
-        `ValueError`: diffusers cannot load adapters into this pipeline.
     """
-    loader = lora_loader(pipe, pipe.transformer)
-    if loader == "none":
-        raise ValueError(f"diffusers has no LoRA loader for {type(pipe).__name__}, so adapters cannot be loaded.")
     for name, source in adapters.items():
-        weights = {} if os.path.isfile(source) else {"weight_name": ADAPTER_FILE}
-        if loader == "pipeline":
-            pipe.load_lora_weights(source, adapter_name=name, **weights)
-        else:
-            pipe.transformer.load_lora_adapter(source, adapter_name=name, prefix="transformer", **weights)
-    pipe.transformer.set_adapters(list(adapters))
+        load_lora(pipe, "transformer", os.fspath(source), name, None if os.path.isfile(source) else ADAPTER_FILE)
+    for layer in pipe.transformer.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.set_adapter(list(adapters))
 
 
 def student_scheduler(

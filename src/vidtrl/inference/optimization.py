@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, TextKVCacheConfig
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.models import CacheMixin
 from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.utils import recurse_remove_peft_layers
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 
 OFFLOADS = ("model", "sequential", "group")
@@ -246,6 +249,12 @@ def fuse_adapters(pipe: DiffusionPipeline) -> None:
             present = [n for n in ("transformer", "transformer_2") if pipe.components.get(n) is not None]
             pipe.fuse_lora(components=present, adapter_names=active, safe_fusing=True)
             pipe.unload_lora_weights()
-    elif getattr(pipe.transformer, "peft_config", None):
+    elif isinstance(pipe.transformer, PeftAdapterMixin) and getattr(pipe.transformer, "peft_config", None):
         pipe.transformer.fuse_lora(adapter_names=pipe.transformer.active_adapters(), safe_fusing=True)
         pipe.transformer.unload_lora()
+    elif getattr(pipe.transformer, "peft_config", None):  # PEFT's layers, without a loader of diffusers
+        for layer in pipe.transformer.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge(safe_merge=True)
+        recurse_remove_peft_layers(pipe.transformer)
+        del pipe.transformer.peft_config
