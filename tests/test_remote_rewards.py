@@ -1,6 +1,7 @@
 """Remote rewards over real sockets: nothing lost, nothing mixed up, nothing accepted from strangers."""
 
 import asyncio
+import contextlib
 import http.client
 import http.server
 import json
@@ -922,6 +923,28 @@ def test_slow_senders_are_cut_off(monkeypatch):
         )
         assert seconds < 5 and b" 408 " in answer and b"took too long" in answer
         assert len(ask(RemoteReward(server.url))) == 6
+
+
+def test_slow_answers_are_given_up():
+    class Dripping(Liar):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.wfile.write(self.server.head)
+            with contextlib.suppress(OSError):
+                for _ in range(200):  # ten seconds
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Dripping) as server:
+        server.daemon_threads, server.block_on_close = True, False
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        reward = RemoteReward(f"http://127.0.0.1:{server.server_port}", timeout=0.3, max_retries=1, batch_size=6)
+        for server.head in (b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n", b"HTTP/1.1 200 OK\r\nX-Slow: "):
+            began = time.monotonic()
+            with pytest.raises(RewardUnavailable, match="in 2 tries; .*TimeoutError: no whole answer after 0.3 s"):
+                ask(reward)
+            assert time.monotonic() - began < 5
+        server.shutdown()
 
 
 class Liar(http.server.BaseHTTPRequestHandler):

@@ -56,7 +56,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self):
         self.timeout = max(self.server.read_timeout, HEADER_TIME)
-        self.deadline = _Deadline(self.request, HEADER_TIME)
+        self.deadline = Deadline(self.request, HEADER_TIME)
         super().setup()
 
     def finish(self):
@@ -147,7 +147,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _read(self, length: int) -> tuple[Job, bool] | None:
         """The job of a body, which is dropped here; `None` once it is refused."""
-        self.deadline = _Deadline(self.request, self.server.read_timeout)
+        self.deadline = Deadline(self.request, self.server.read_timeout)
         body = self.rfile.read(length)
         self.deadline.cancel()
         if len(body) < length:
@@ -185,7 +185,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._answer(status, error_answer(status.phrase, message), headers)
         if drain and self.command == "POST":
             self.wfile.flush()
-            deadline = _Deadline(self.request, LINGER)
+            deadline = Deadline(self.request, LINGER)
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(self.request, socket.SHUT_WR)
                 while self.rfile.read1(1 << 16):
@@ -206,7 +206,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-class _Deadline:
+class Deadline:
     """Ends what a connection receives after a time, however slowly it drips. Sending goes on."""
 
     def __init__(self, connection: socket.socket, seconds: float):

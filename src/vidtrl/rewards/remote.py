@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 import torch
 
+from .connection import Deadline
 from .runner import RewardUnavailable
 from .wire import CONTENT_TYPE, DTYPES, PATH, ScoreRequest, check_reply, pack
 
@@ -338,7 +339,6 @@ class RemoteReward:
 
     def _exchange(self, replica: _Replica, method: str, path: str, body: bytes | None, call: _Call):
         """One request over a connection of its own: (status, seconds of Retry-After or `None`, decoded answer)."""
-        deadline = time.monotonic() + self.timeout
         kind = http.client.HTTPSConnection if replica.is_https else http.client.HTTPConnection
         connection = kind(replica.host, replica.port, timeout=min(CONNECT_TIMEOUT, self.timeout))
         headers = {"Connection": "close", "Accept": "application/json"}
@@ -349,14 +349,22 @@ class RemoteReward:
         with contextlib.closing(connection):
             connection.connect()
             sock = connection.sock
-            with call.using(sock):
-                sock.settimeout(self.timeout)
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    # a server that refuses a request says so before it has read all of it, and closes
-                    connection.request(method, replica.prefix + path, body, headers)
-                sock.settimeout(max(0.01, deadline - time.monotonic()))
-                response = connection.getresponse()
-                content = response.read(MAX_ANSWER + 1)
+            sock.settimeout(self.timeout)  # of sending all of the body, but of each piece that is received
+            deadline = Deadline(sock, self.timeout)
+            try:
+                with call.using(sock):
+                    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                        # a server that refuses a request says so before it has read all of it, and closes
+                        connection.request(method, replica.prefix + path, body, headers)
+                    response = connection.getresponse()
+                    content = response.read(MAX_ANSWER + 1)
+            except http.client.HTTPException:
+                if not deadline.passed:
+                    raise
+            finally:
+                deadline.cancel()
+        if deadline.passed:
+            raise TimeoutError(f"no whole answer after {self.timeout:g} s")
         if len(content) > MAX_ANSWER:
             raise ValueError(f"the answer is longer than {MAX_ANSWER} bytes")
         if response.length:  # http.client reads a body that ends early as if it were whole when given a size
