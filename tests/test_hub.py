@@ -498,6 +498,15 @@ def test_videos_that_no_browser_plays(hub, tmp_path):  # noqa: F811
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "../a.mp4", "prompt": "x"}\n')
     with pytest.raises(ValueError, match="outside its folder"):
         push_sft(tmp_path, "me/x")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.mp4", "prompt": "x"}\n\n{"file_name": "a.m')
+    clip(tmp_path / "a.mp4")
+    with pytest.raises(ValueError, match="line 3 of .*metadata.jsonl' is no JSON"):
+        push_sft(tmp_path, "me/x")
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"chosen_file_name": "a.mp4", "rejected_file_name": null, "prompt": "x"}'
+    )
+    with pytest.raises(ValueError, match="row 0 has no 'rejected'"):
+        push_preferences(tmp_path, "me/x")
     with pytest.raises(ValueError, match="is no file: write it with"):
         push_sft([{"prompt": "x", "video": torch.zeros(5, 3, 16, 16)}], "me/x")
     assert not hub.repos

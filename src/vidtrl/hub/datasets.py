@@ -202,8 +202,14 @@ def _rows_of_folder(folder: Path) -> Iterable[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"there is no metadata.jsonl in {os.fspath(folder)!r}: give a folder of videos that has one")
     lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): a prompt may hold U+2028
-    for row in (json.loads(line) for line in lines if line.strip()):
-        for name in [n for n in row if n == "file_name" or n.endswith("_file_name")]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"line {number} of {os.fspath(path)!r} is no JSON ({error}): write it again") from None
+        for name in [n for n in row if (n == "file_name" or n.endswith("_file_name")) and row[n] is not None]:
             file = PurePosixPath(row.pop(name))
             if file.is_absolute() or ".." in file.parts:
                 raise ValueError(f"{path} names {os.fspath(file)!r}, which lies outside its folder")
