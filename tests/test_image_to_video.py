@@ -25,9 +25,13 @@ from vidtrl.cli.main import main
 from vidtrl.data import build_cache, plan_dataset
 from vidtrl.data.video import condition_image, resize_crop, write_video
 from vidtrl.diffusion import flow
+from vidtrl.inference import StudentConfig
+from vidtrl.inference.export import student_scheduler
 from vidtrl.models import VideoModel, check_model
+from vidtrl.models.capture import bind_call
 from vidtrl.models.causal import CausalAttention
 from vidtrl.models.families import find_family
+from vidtrl.models.layout import CHANNEL_DIM
 from vidtrl.rollout.few_step import few_step_rollout
 from vidtrl.rollout.sampling import sample
 from vidtrl.toy.world import captions, render
@@ -205,6 +209,37 @@ def test_given_frames_are_the_image_at_every_step(family):
     for x in [*steps, *calls]:
         assert torch.equal(x[:, :, 0], fixed[:, :, 0])
         assert not torch.equal(x[:, :, 1:], fixed[:, :, 1:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [*GIVEN, *CHANNELS, "cogvideox15_i2v", "sana_i2v"])
+def test_the_stock_pipeline_samples_a_student_as_the_loop_of_training(family):
+    """With its own scheduler calls, from its own first latents."""
+    pipe, call = tiny_pipelines.ALL[family]()
+    model, seen, steps = VideoModel(pipe), [], [1000, 750, 500, 250]
+    condition = model.condition("a cat", **call)
+    shape, image = condition.latent_shape, call.pop("image")
+    sigmas = model.training_sigma(torch.tensor(steps) / 1000, shape, 3.0).tolist()
+    student = StudentConfig("base", steps, 3.0, "ode")
+    pipe.scheduler = student_scheduler(student, model.family, pipe.scheduler)
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(bind_call(module, args, kwargs)["hidden_states"]), with_kwargs=True
+    )
+    size = {name: call.pop(name) for name in ("height", "width", "num_frames")}
+    with model.guidance(1.0) as off:
+        call = model.call_arguments(**size, pipeline_kwargs=call) | off
+        call["generator"] = torch.Generator().manual_seed(0)  # that of conditions: some draw the image's latent
+        got = pipe(prompt="a cat", image=image, num_inference_steps=4, output_type="latent", **call).frames
+    dim = CHANNEL_DIM[model.family.layout]
+    first = model.unpack(seen[0].narrow(dim, 0, model.pack(torch.zeros(1, *shape)).shape[dim]), shape)
+    expected = few_step_rollout(model, condition, first, sigmas, sampler="ode")
+    if family == "hunyuan_i2v_concat":  # what it leaves out of the video it leaves out here
+        expected = expected[:, :, 1:]
+    elif model.family.layout == "BFCHW" or got.ndim == 3:
+        got = model.unpack(got, shape)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    other = few_step_rollout(model, condition, first, [1.0, 0.75, 0.5, 0.25], sampler="ode")
+    assert (other[:, :, -1] - expected[:, :, -1]).abs().max() > 1e-2  # control: without the shift
 
 
 @pytest.mark.parametrize("family", ["wan21_i2v", "hunyuan_i2v", "hunyuan_i2v_concat", "skyreels_i2v", "sana_i2v"])
