@@ -23,6 +23,7 @@ CASES = {
     "distill": ("multi_gpu", SAVED),
     "sft in shards": ("fsdp2", SAVED),
     "grpo in shards": ("fsdp2", SAVED | dict(per_device_train_batch_size=4)),
+    "distill in shards": ("fsdp2", SAVED),
 }
 
 
