@@ -33,6 +33,7 @@ from vidtrl import (  # noqa: E402
 )
 from vidtrl.cli.estimate import find_trainer  # noqa: E402
 from vidtrl.cli.main import main  # noqa: E402
+from vidtrl.trainer import memory_steps  # noqa: E402
 from vidtrl.trainer.memory import PARTS, alternatives, as_config, estimate  # noqa: E402
 from vidtrl.trainer.memory_trace import MemoryTrace  # noqa: E402
 
@@ -314,6 +315,22 @@ def test_a_rollout_is_counted_as_the_trainer_runs_it(kind):
     if kind != "experts":
         with pytest.raises(ValueError, match="reuse_rollout keeps graphs .* train with DDP"):
             estimate("grpo", {**config, "reuse_rollout": True}, model, **options)
+
+
+@pytest.mark.parametrize(("peft_config", "videos", "size", "walked"), [(None, 5, 1, 3), (LORA, 9, 2, 4)])
+def test_graphs_of_a_reused_rollout_that_are_alike_are_not_all_walked(peft_config, videos, size, walked, monkeypatch):
+    """The figures are those of a walk through all five. The last one of nine videos in pairs is smaller."""
+    config = dict(SIZE, num_generations=videos, per_device_train_batch_size=videos, rollout_batch_size=size)
+    config |= {"num_inference_steps": 2, "sde_schedule": "single", "reuse_rollout": True, "guidance_scale": 1.0}
+    calls, guided = [], memory_steps.guided_velocity
+    count = lambda model, x, *args, **kwargs: calls.append(len(x)) or guided(model, x, *args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(memory_steps, "guided_velocity", count)
+    found = estimate("grpo", config, toy.pipeline_path(), peft_config=peft_config)
+    assert len(calls) == 1 + 2 * walked  # a plain forward, then rollout and update
+    calls.clear()
+    monkeypatch.setattr(memory_steps, "WALKED", 100)
+    assert found.phases == estimate("grpo", config, toy.pipeline_path(), peft_config=peft_config).phases
+    assert len(calls) == 1 + 2 * 5
 
 
 def test_distillation_keeps_what_its_roles_are():

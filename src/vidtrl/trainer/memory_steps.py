@@ -37,6 +37,7 @@ from .memory_trace import MemoryTrace, on_meta, pipeline_skeleton, stubbed_encod
 
 Phase = dict[str, int]
 SIGMA = 0.5  # memory does not depend on it
+WALKED = 3  # graphs of one size: the first, whose backward is the last, one like all others, and the last
 
 
 class Run:
@@ -349,6 +350,23 @@ def sft_phases(run: Run) -> dict[str, Phase]:
 # ---- GRPO ----
 
 
+class GraphsLeftOut(torch.autograd.Function):
+    """
+    The outputs of forwards that are not walked. What their graphs keep is in a list, which backward empties: after the
+    backward of the graphs that are made later, and before that of earlier ones.
+    """
+
+    @staticmethod
+    def forward(ctx, root: Tensor, shape: tuple[int, ...], kept: list[Tensor]) -> Tensor:
+        ctx.kept = kept
+        return torch.empty(shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, None, None]:
+        ctx.kept.clear()
+        return None, None, None
+
+
 def grpo_phases(run: Run) -> dict[str, Phase]:
     """Encoding, a rollout with its decoded videos, and the update; encoders stay on the device."""
     args, model = run.args, run.model
@@ -388,6 +406,22 @@ def grpo_phases(run: Run) -> dict[str, Phase]:
         x = torch.randn(number, *run.latent_shape)
         return guided(x, SIGMA, run.condition[[0] * number], negative)
 
+    root = torch.zeros((), requires_grad=True)  # a real one, which is not counted
+
+    def velocities() -> list[Tensor]:
+        """One forward for each of `graphs`. Of more than three of one size, three are walked, and the others are like the second."""
+        left_out = sum(n == size for n in graphs) - WALKED
+        if left_out <= 0:
+            return [velocity(n) for n in graphs]
+        like_it: list[Tensor] = []
+        # the first has what all share, such as the weights that autocast casts, and its backward is the last
+        found = [velocity(size), GraphsLeftOut.apply(root, (left_out * size, *run.latent_shape), like_it)]
+        before = run.trace.live.total()
+        found.append(velocity(size))
+        kept = run.trace.live.total() - before - found[-1].nbytes
+        like_it.append(torch.empty(left_out * kept, dtype=torch.uint8))
+        return found + [velocity(n) for n in graphs[left_out + 2 :]]
+
     def rollout() -> None:
         old = roles["old"].swapped_in() if args.loss_type == "nft" else contextlib.nullcontext()
         memory = run.latents(videos, copies=1 + kept)
@@ -395,7 +429,7 @@ def grpo_phases(run: Run) -> dict[str, Phase]:
             with run.autocast():
                 velocity(min(rollout_batch, videos))
                 with torch.set_grad_enabled(reuse), run.policies.active("policy"):
-                    kept_graphs = [velocity(n) for n in graphs] if reuse else []
+                    kept_graphs = velocities() if reuse else []
             frames, height, width = run.size
             chunk = min(args.vae_batch_size, videos)
             finished = [torch.empty(videos - chunk, frames, 3, height, width)]
@@ -409,7 +443,7 @@ def grpo_phases(run: Run) -> dict[str, Phase]:
             reference = roles["reference"].swapped_in() if "reference" in roles else run.policies.active("base")
             with torch.no_grad(), reference:
                 velocity(batch)
-        v = torch.cat([velocity(n) for n in graphs])
+        v = torch.cat(velocities())
         return (v - mean[:1]).square().mean()
 
     # where the update uses the rollout's forward, the graphs of all stochastic steps are kept until the update
