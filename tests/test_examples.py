@@ -69,8 +69,10 @@ def test_files(recipe):
     script = (folder / "train.py").read_text()
     assert len(script.splitlines()) <= 150 and "smoke" not in script  # the smoke run is the script itself
     run = (folder / "run.sh").read_text()
-    assert "accelerate.commands.launch" in run and os.access(folder / "run.sh", os.X_OK)
+    assert "launch train.py --config" in run and os.access(folder / "run.sh", os.X_OK)
     subprocess.run(["bash", "-n", str(folder / "run.sh")], check=True)
+    # a copy of the folder lacks what the recipes share: the README has the plain line
+    assert "accelerate launch train.py --config config.yaml" in (folder / "README.md").read_text()
     comments = [line for line in (folder / "config.yaml").read_text().splitlines() if "#" in line]
     assert len(comments) > 8  # why a value is what it is
 
@@ -178,6 +180,53 @@ def test_the_reward_of_the_judged_recipe(monkeypatch):
     assert no_cuts(["a", "b"], [steady, cut]) == [1.0, 0.0]
 
 
+# ---- Launches ----
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """Runs a run.sh with a Python that prints what `accelerate launch` would get; returns one list for each launch."""
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/usr/bin/env bash\nif [ "${2:-}" = accelerate.commands.launch ]; then shift 2; printf "[%s]" "$@"; echo\n'
+        f'elif [[ "${{2:-}}" == *device_count* ]]; then echo 2\nelse exec {sys.executable} "$@"; fi\n'
+    )
+    python.chmod(0o755)
+
+    def run(recipe, *options, **env):
+        command = ["bash", str(EXAMPLES / recipe / "run.sh"), *options]
+        env = {**ENV, "PYTHON": str(python), **env}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return [line[1:-1].split("][") for line in done.stdout.splitlines() if line.startswith("[--config_file")]
+
+    return run
+
+
+def test_a_recipe_is_launched_on_every_device(launched):
+    import vidtrl
+
+    (words,) = launched("i2v_lora_wan", "--max_steps", "3 4")
+    file = str(Path(vidtrl.__file__).parent / "accelerate_configs" / "multi_gpu.yaml")
+    script = ["train.py", "--config", "./config.yaml", "--max_steps", "3 4"]
+    assert words == ["--config_file", file, "--num_processes", "2", *script]
+    (words,) = launched(
+        "grpo_multi_reward_vlm", NO_JUDGE="1", ACCELERATE_CONFIG="mine.yaml"
+    )  # the last one is the judge's
+    assert words == ["--config_file", "mine.yaml", "--num_processes", "1", "train.py", "--config", "./config.yaml"]
+
+
+def test_a_recipe_of_two_steps_launches_both(launched, tmp_path):
+    first, second = launched("self_forcing_wan", "--smoke", "made", "--max_steps", "1", SMOKE_PROCESSES="2")
+    folder = tmp_path / "made"
+    assert first[2:] == [
+        "--num_processes", "2", "--main_process_port", "0",
+        "--module", "vidtrl.cli.sft", "--config", str(folder / "causal_sft.yaml"),
+    ]  # fmt: skip
+    assert second[6:] == ["train.py", "--config", str(folder / "config.yaml"), "--max_steps", "1"]
+    assert (folder / "causal_sft.yaml").is_file() and (folder / "config.yaml").is_file()
+
+
 # ---- Smoke runs ----
 
 
@@ -197,16 +246,15 @@ def smoke(recipe, folder, processes=1):
     return done.stdout, yaml.safe_load((folder / "config.yaml").read_text()), folder / "out"
 
 
-def loads(pipe, folder, name=ADAPTER, **kwargs):
-    """Stock diffusers takes the adapter, and it changes what is generated."""
+def changes_samples(pipe, folder, name=ADAPTER, **kwargs) -> bool:
+    """Whether stock diffusers takes the adapter, and what it then generates is finite and different."""
     image = kwargs.pop("image", {})
     call = {**CALL, **image, "output_type": "latent", "guidance_scale": 1.0}
     sample = lambda: pipe(prompt="a red circle moving up", **call, generator=torch.Generator().manual_seed(0)).frames  # noqa: E731
     before = sample()
     pipe.load_lora_weights(str(folder), weight_name=name, **kwargs)
     after = sample()
-    assert torch.isfinite(after).all() and not torch.equal(before, after)
-    return pipe
+    return bool(torch.isfinite(after).all()) and not torch.equal(before, after)
 
 
 def toy_pipe():
@@ -219,7 +267,7 @@ def test_smoke_sft(tmp_path):
     """Two processes."""
     _, config, out = smoke("sft_lora_wan", tmp_path, processes=2)
     assert config["max_steps"] == 2 and config["lora_r"] == 32  # everything else is the recipe's
-    loads(toy_pipe(), out)
+    assert changes_samples(toy_pipe(), out)
 
 
 @pytest.mark.slow
@@ -228,9 +276,11 @@ def test_smoke_two_experts(tmp_path):
 
     said, config, out = smoke("sft_wan22_a14b", tmp_path)
     assert "for transformer and transformer_2" in said
-    pipe = loads(WanPipeline.from_pretrained(config["model_name_or_path"]), out, ADAPTER.replace(".", "_high_noise."))
+    pipe = WanPipeline.from_pretrained(config["model_name_or_path"])
+    assert changes_samples(pipe, out, ADAPTER.replace(".", "_high_noise."))
     assert pipe.transformer_2 is not None and pipe.config.boundary_ratio == 0.875
-    loads(pipe, out, ADAPTER.replace(".", "_low_noise."), load_into_transformer_2=True, adapter_name="low")
+    low = {"load_into_transformer_2": True, "adapter_name": "low"}
+    assert changes_samples(pipe, out, ADAPTER.replace(".", "_low_noise."), **low)
 
 
 @pytest.mark.slow
@@ -240,20 +290,20 @@ def test_smoke_image_to_video(tmp_path):
 
     _, config, out = smoke("i2v_lora_wan", tmp_path)
     pipe = WanImageToVideoPipeline.from_pretrained(config["model_name_or_path"])
-    loads(pipe, out, image={"image": Image.new("RGB", (64, 64), "white")})
+    assert changes_samples(pipe, out, image={"image": Image.new("RGB", (64, 64), "white")})
 
 
 def test_smoke_flash_grpo(tmp_path):
     """Two processes."""
     said, _, out = smoke("grpo_flash_wan", tmp_path, processes=2)
     assert "videos an update: 8" in said and list((out / "completions").iterdir())
-    loads(toy_pipe(), out)
+    assert changes_samples(toy_pipe(), out)
 
 
 @pytest.mark.slow
 def test_smoke_diffusion_nft(tmp_path):
     _, _, out = smoke("diffusion_nft_wan", tmp_path)
-    loads(toy_pipe(), out)
+    assert changes_samples(toy_pipe(), out)
 
 
 @pytest.mark.slow
@@ -269,7 +319,7 @@ def test_smoke_judged_grpo(tmp_path):
     assert {"motion-magnitude", "temporal-smoothness", "no_cuts"} < set(scores.columns)
     with pytest.raises(RewardUnavailable):
         get_reward(address).check()
-    loads(toy_pipe(), out)
+    assert changes_samples(toy_pipe(), out)
 
 
 def test_smoke_distillation(tmp_path):
@@ -280,7 +330,7 @@ def test_smoke_distillation(tmp_path):
     pipe = load_student(str(out))
     call = {**CALL, "num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "pt"}
     assert type(pipe).__name__ == "WanPipeline" and pipe("a red circle moving up", **call).frames.shape[1] == 17
-    loads(toy_pipe(), out)
+    assert changes_samples(toy_pipe(), out)
 
 
 @pytest.mark.slow

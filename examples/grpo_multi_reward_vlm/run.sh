@@ -7,31 +7,16 @@
 #
 # JUDGE=... chooses the judge, an image-text-to-text model; NO_JUDGE=1 starts none, for one that serves already. PYTHON=...
 # chooses an interpreter, ACCELERATE_CONFIG=... another accelerate file than vidtrl's, SMOKE_PROCESSES=2 a smoke run over two.
-set -euo pipefail
-python=${PYTHON:-python}
-judge=${JUDGE:-Qwen/Qwen3-VL-2B-Instruct}
-if [ "${1:-}" = --smoke ]; then
-    folder=${2:-$(mktemp -d)}
-    mkdir -p "$folder"
-    folder=$(cd "$folder" && pwd)
-    config=$folder/config.yaml
-    processes=${SMOKE_PROCESSES:-1}
-    flags="--main_process_port 0"
-    cd "$(dirname "$0")"
-    "$python" ../smoke.py config.yaml "$config"
-    judge=$folder/judge
+. "$(dirname "$0")/../launch.sh"
+if [ -n "$smoke" ]; then
+    judge=$smoke/judge
     device=cpu
-    set --
 else
-    cd "$(dirname "$0")"
-    config=config.yaml
+    judge=${JUDGE:-Qwen/Qwen3-VL-2B-Instruct}
     gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
     processes=$((gpus > 1 ? gpus - 1 : 1))
     device=$([ "$gpus" -gt 0 ] && echo "cuda:$((gpus - 1))" || echo cpu)
-    flags=""
 fi
-name=$([ "$processes" -gt 1 ] && echo multi_gpu || echo single)
-configs=$("$python" -c 'import vidtrl; print(vidtrl.__path__[0])')/accelerate_configs
 
 if [ -z "${NO_JUDGE:-}" ]; then
     port=$(grep -oE 'http://127\.0\.0\.1:[0-9]+' "$config" | head -n 1 | cut -d: -f3)
@@ -44,6 +29,4 @@ if [ -z "${NO_JUDGE:-}" ]; then
         sleep 1
     done
 fi
-# `accelerate launch`, of the chosen interpreter
-"$python" -m accelerate.commands.launch --config_file "${ACCELERATE_CONFIG:-$configs/$name.yaml}" \
-    --num_processes "$processes" $flags train.py --config "$config" "$@"
+(launch train.py --config "$config" "$@")
