@@ -157,6 +157,74 @@ def language(folder):
     return SHAPE | names | data | reward | video | {"num_frames": 5}
 
 
+def four_stages(config, folder):
+    """The file of `vidtrl run` with the toy model, small videos and a few updates."""
+    if not (folder / "clips").exists():  # a smoke run that is started again goes on with the same data
+        write_dataset(folder / "clips", num_clips=8, quality="clean", seed=0, fps=8)
+    language(folder)
+    (folder / "captions.txt").write_text("\n".join(captions()[::9]) + "\n")
+    pipeline = config | {"model": pipeline_path(), "output_dir": str(folder / "out")}
+    pipeline["shared"] |= {
+        "height": 32,
+        "width": 32,
+        "fps": 8,
+        "max_sequence_length": 16,
+        "save_steps": 1,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "check_model": False,
+    }
+    few = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "logging_steps": 1}
+    small = {"num_frames": 5, "lora_r": 8, "lora_alpha": 8, "gradient_accumulation_steps": 1, "max_steps": 2}
+    stages = pipeline["stages"]
+    halves = {"dataset_train_split": "train[:75%]", "dataset_test_split": "train[75%:]", "eval_steps": 1}
+    stages["sft"] |= (
+        small | halves | {"dataset_name": str(folder / "clips"), "per_device_train_batch_size": 2, "warmup_steps": 0}
+    )
+    stages["grpo"] |= (
+        small
+        | halves
+        | {
+            "dataset_name": str(folder / "captions.txt"),
+            "reward_funcs": ["toy-color", "toy-steadiness", "toy-presence"],
+            "num_generations": 2,
+            "per_device_train_batch_size": 4,
+            "num_inference_steps": 4,
+            "eval_num_inference_steps": 4,
+        }
+    )
+    stages["prompt"] |= {
+        "model_name_or_path": enhancer_path(),
+        "template": None,
+        "lora_r": 8,
+        "lora_alpha": 8,
+        "num_frames": 5,
+        "pairs_dataset_name": str(folder / "pairs.jsonl"),
+        "dataset_name": str(folder / "prompts.txt"),
+        "reward_funcs": ["vidtrl.toy.paraphrases:intent_reward"],
+        "reward_weights": [1.0],
+        "num_inference_steps": 2,
+        "guidance_scale": 1.0,
+        "pipeline_kwargs": {"max_sequence_length": 16},
+    }
+    stages["prompt"]["sft"] |= few | {"max_steps": 4}
+    stages["prompt"]["grpo"] |= few | {
+        "max_steps": 2,
+        "num_generations": 4,
+        "gradient_accumulation_steps": 1,
+        "save_steps": 1,
+    }
+    stages["distill"] |= small | {
+        "dataset_name": str(folder / "prompts.txt"),
+        "per_device_train_batch_size": 2,
+        "fake_updates_per_student": 1,
+        "teacher_guidance_scale": 1.5,
+        "validation_steps": None,
+        "cache_dir": str(folder / "cache"),
+    }
+    return pipeline
+
+
 def small(source, folder):
     """The settings of a recipe's file, made small."""
     config, recipe = yaml.safe_load(Path(source).read_text()), Path(source).resolve().parent.name
@@ -187,6 +255,8 @@ def small(source, folder):
         case "prompt_enhancer", _:
             nested = {"sft": config["sft"] | sft, "grpo": config["grpo"] | lm_grpo}
             config |= language(folder) | nested
+        case "four_stages_wan", _:
+            return four_stages(config, folder)
         case "joint_prompt_video", _:
             video = (
                 config["video"]

@@ -202,6 +202,7 @@ class Hub(ThreadingHTTPServer):
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(cache),
             "HF_HUB_OFFLINE": "0",
+            "HF_DATASETS_OFFLINE": "0",  # beats the one above where it is set, as in .ci/run
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",

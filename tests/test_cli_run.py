@@ -240,9 +240,9 @@ def test_dry_run_without_the_model_or_data(here, capsys):
 
 def test_the_example_is_valid(monkeypatch, capsys):
     monkeypatch.chdir(ROOT / "examples" / "four_stages_wan")
-    pipeline = read_pipeline("pipeline.yaml")
+    pipeline = read_pipeline("config.yaml")
     assert [stage.name for stage in pipeline.stages] == ["sft", "grpo", "prompt", "distill"]
-    assert main(["run", "--config", "pipeline.yaml", "--dry-run"]) == 0
+    assert main(["run", "--config", "config.yaml", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert 'recipe: "flash-grpo"  # stage' in shown and "4 stages, in wan-four-stages" in shown
 

@@ -30,7 +30,8 @@ COMMANDS = {  # the command that takes the recipe's file as it is
     "self_forcing_wan": "distill",
     "prompt_enhancer": "prompt",
 }
-SCRIPTS = [*COMMANDS, "joint_prompt_video"]  # four_stages_wan runs `vidtrl run`: tests/test_cli_run.py
+SCRIPTS = [*COMMANDS, "joint_prompt_video"]
+RECIPES = [*SCRIPTS, "four_stages_wan"]  # whose run.sh starts `vidtrl run`
 HERE = [
     "--output_dir",
     "out",
@@ -58,18 +59,19 @@ def parse(recipe, *options, file="config.yaml", command=None):
 
 def test_every_recipe_is_here():
     folders = {path.name for path in EXAMPLES.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert folders == {*SCRIPTS, "four_stages_wan"}
+    assert folders == set(RECIPES)
     assert not list(EXAMPLES.glob("*.yaml"))
 
 
-@pytest.mark.parametrize("recipe", SCRIPTS)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_files(recipe):
     folder = EXAMPLES / recipe
     assert all((folder / name).is_file() for name in ("README.md", "config.yaml", "train.py", "run.sh"))
     script = (folder / "train.py").read_text()
     assert len(script.splitlines()) <= 150 and "smoke" not in script  # the smoke run is the script itself
     run = (folder / "run.sh").read_text()
-    assert "launch train.py --config" in run and os.access(folder / "run.sh", os.X_OK)
+    assert ("launch train.py --config" if recipe in SCRIPTS else "vidtrl.cli.main run --config") in run
+    assert os.access(folder / "run.sh", os.X_OK)
     subprocess.run(["bash", "-n", str(folder / "run.sh")], check=True)
     # a copy of the folder lacks what the recipes share: the README has the plain line
     assert "accelerate launch train.py --config config.yaml" in (folder / "README.md").read_text()
@@ -77,7 +79,7 @@ def test_files(recipe):
     assert len(comments) > 8  # why a value is what it is
 
 
-@pytest.mark.parametrize("recipe", [*SCRIPTS, "four_stages_wan"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_commands_and_links_of_the_readme(recipe):
     """What a README tells to type names files and options that exist."""
     folder, text = EXAMPLES / recipe, (EXAMPLES / recipe / "README.md").read_text()
@@ -97,7 +99,7 @@ def test_commands_and_links_of_the_readme(recipe):
 
 def test_the_index_names_every_recipe():
     page = (EXAMPLES.parent / "docs" / "examples.md").read_text()
-    for recipe in [*SCRIPTS, "four_stages_wan"]:
+    for recipe in RECIPES:
         assert f"examples/{recipe}" in page, recipe
 
 
@@ -369,3 +371,32 @@ def test_smoke_joint(tmp_path):
     for number in range(2):
         pipe.load_lora_weights(str(tmp_path / "out" / f"round-{number}" / "video"), adapter_name=f"round-{number}")
     pipe.set_adapters(["round-0", "round-1"])
+
+
+def test_smoke_plan_of_four_stages(tmp_path):
+    command = ["bash", str(EXAMPLES / "four_stages_wan" / "run.sh"), "--smoke", str(tmp_path), "--dry-run"]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert f"4 stages, in {tmp_path / 'out'}" in done.stdout and "missing" not in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_smoke_four_stages_in_one_job(tmp_path):
+    from vidtrl import load_student
+    from vidtrl.prompts import PromptEnhancer
+
+    folder, config = EXAMPLES / "four_stages_wan", tmp_path / "config.yaml"
+    small = [sys.executable, str(EXAMPLES / "smoke.py"), "config.yaml", str(config)]
+    subprocess.run(small, env=ENV, check=True, capture_output=True, timeout=600, cwd=folder)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", "train.py"]
+    said = []
+    for _ in range(2):
+        command = [*launch, "--config", str(config)]
+        done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=600, cwd=folder)
+        assert done.returncode == 0, done.stderr[-4000:]
+        said.append(re.findall(r"^(?:processes: 1, done: )?(\w+)(?:: done before)?$", done.stdout, re.MULTILINE))
+        assert done.stdout.count(": done before") == (4 if len(said) == 2 else 0)
+    assert said[0] == said[1] == ["sft", "grpo", "prompt", "distill"]
+    assert load_student(str(tmp_path / "out" / "distill")).get_active_adapters() == ["base_0", "base_1", "student"]
+    assert isinstance(PromptEnhancer.from_pretrained(tmp_path / "out" / "prompt")("a red coin"), str)
