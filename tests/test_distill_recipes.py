@@ -22,7 +22,7 @@ SMALL = {  # what makes a recipe fit three latent frames
     "causal-forcing": dict(frames_per_block=1),
     "longlive": dict(frames_per_block=1, window=3, sink=1, stream_num_frames=7, stream_overlap=1),
     "lcm": dict(ema_decay=0.95),
-    "rcm": dict(max_steps=2),
+    "rcm": dict(tangent_warmup_steps=2, max_steps=3),
 }
 STREAMED = dict(recipe="longlive", **SMALL["longlive"])
 
@@ -52,7 +52,9 @@ def test_noise_levels_of_the_recipes(tmp_path, cache_dir, clips):
         return make_trainer(tmp_path, cache_dir, rows=clips, **config).sigmas
 
     assert sigmas(recipe="self-forcing", frames_per_block=1) == pytest.approx([1, 0.9375, 5 / 6, 0.625])
-    assert sigmas(recipe="causvid", frames_per_block=1) == pytest.approx([1, 0.757, 0.522])
+    assert sigmas(recipe="causvid", frames_per_block=1) == pytest.approx([1, 0.757, 0.522], abs=1e-5)
+    causvid = make_trainer(tmp_path, cache_dir, rows=clips, recipe="causvid", frames_per_block=1)
+    assert causvid.noise_levels(torch.tensor(0.5)).item() == pytest.approx(8 / 9)  # where its scores are compared
     assert sigmas(shift=1.0) == pytest.approx([1, 0.75, 0.5, 0.25])
     assert sigmas() == pytest.approx([1, 0.9, 0.75, 0.5])  # the pipeline's own shift of 3
 
@@ -162,7 +164,11 @@ def test_the_last_interval_of_consistency_ends_at_the_clip(tmp_path, cache_dir, 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["at once", "causal"])
 def test_the_dmd_term_of_consistency_is_on_samples_from_noise(tmp_path, cache_dir, clips, causal):
-    config = dict(recipe="causal-forcing", frames_per_block=1) if causal else dict(recipe="rcm", tangent="jvp")
+    config = (
+        dict(recipe="causal-forcing", frames_per_block=1)
+        if causal
+        else dict(recipe="rcm", tangent="jvp", tangent_warmup_steps=1)
+    )
     trainer = make_trainer(tmp_path, cache_dir, rows=clips, dmd_weight=3.0, ema_decay=0.9, **config)
     inputs = batch(trainer)
     trainer.state.global_step = 1
@@ -197,6 +203,20 @@ def test_the_derivative_s_share_grows(tmp_path, cache_dir, clips, monkeypatch):
     config = dict(recipe="rcm", dmd_weight=0.0, tangent_warmup_steps=3, max_steps=4)
     make_trainer(tmp_path, cache_dir, rows=clips, **config).train()
     assert shares == pytest.approx([1 / 3, 2 / 3, 1, 1])
+
+
+@pytest.mark.parametrize("schedule, after", [("exclusive", ["F", "F", "S"]), ("every_step", ["F", "SF", "F"])])
+def test_the_dmd_term_begins_after_the_warm_up(tmp_path, cache_dir, clips, schedule, after):
+    """As in rCM's code: the first steps are the student's, without the term; then the turns begin."""
+    config = dict(tangent_warmup_steps=3, fake_updates_per_student=2, critic_schedule=schedule, tangent="jvp")
+    trainer = make_trainer(tmp_path, cache_dir, rows=clips, recipe="rcm", ema_decay=0.5, max_steps=6, **config)
+    turns, original = [], trainer.exchange_gradients
+    trainer.exchange_gradients = lambda roles, **kwargs: (turns.append(roles), original(roles, **kwargs))
+    trainer.train()
+    assert ["".join(role[0].upper() for role in roles) for roles in turns] == ["S", "S", "S", *after]
+    assert trainer.average.num_updates == sum("student" in roles for roles in turns) == 4
+    with_term = [bool(entry.get("dmd_gradient")) for entry in trainer.state.log_history if "loss" in entry]
+    assert with_term == [False] * 3 + ["S" in turn for turn in after]
 
 
 def test_clips_that_are_not_cached(tmp_path, cache_dir, clips):

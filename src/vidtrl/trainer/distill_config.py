@@ -115,7 +115,8 @@ class VideoDistillConfig(ClipConfig):
         tangent_warmup_steps (`int`, by recipe):
             Steps over which the derivative's share grows to 1.
         dmd_weight (`float`, by recipe):
-            Weight of a DMD term on the student's own samples beside the consistency loss; it brings a fake score.
+            Weight of a DMD term on the student's own samples beside the consistency loss; it brings a fake score. Beside
+            `"continuous"` consistency, term and fake score begin after `tangent_warmup_steps`.
 
     > [!NOTE]
     > `learning_rate` and `fake_learning_rate` by recipe depend on whether an adapter or all weights are trained;

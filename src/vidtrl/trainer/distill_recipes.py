@@ -57,8 +57,9 @@ RECIPES = {
         "adam_beta1": 0.9,
         "ema_decay": None,
         "rollout": "data",
-        "denoising_steps": [1000, 757, 522],
-        "shift": 1.0,  # the list is shifted already
+        # 1000, 757, 522 once shifted, as its configuration lists them; its scores are compared at shifted levels, too
+        "denoising_steps": [1000, 280.267, 120.11],
+        "shift": 8.0,
         "teacher_guidance_scale": 4.5,
         "causal": "diffusion_forcing",
         "frames_per_block": 3,
@@ -89,13 +90,15 @@ RECIPES = {
         "prompt_switch": True,
         "ema_decay": None,
     },
-    # https://huggingface.co/papers/2510.08431: continuous-time consistency and a DMD term on the student's own samples
+    # https://huggingface.co/papers/2510.08431: continuous-time consistency and, after its warm-up, a DMD term on the student's
+    # own samples. Every fifth step of its code is the student's. Left out: its power-function average, and its random steps
     "rcm": {
         "loss_type": "consistency",
         "rollout": "data",
         "shift": 5.0,
         "consistency": "continuous",
         "dmd_weight": 1.0,
+        "fake_updates_per_student": 4,
         "teacher_guidance_scale": 6.0,  # its code adds the guidance to the conditional branch: 5.0 there
     },
     # https://huggingface.co/papers/2310.04378 on the flow, https://huggingface.co/papers/2311.05556 (LCM-LoRA)

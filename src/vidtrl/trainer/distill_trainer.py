@@ -159,17 +159,23 @@ class VideoDistillTrainer(DistillBase):
     def turn(self) -> tuple[str, ...]:
         """The roles that the present optimizer step trains: the fake score first, the student after so many updates."""
         args, step = self.args, self.state.global_step
-        if not args.matches_distributions:
+        if not args.matches_distributions or step < self.steps_alone:
             return ("student",)
         if self.updates(step + 1) == self.updates(step):
             return ("fake",)
         return ("student",) if args.critic_schedule == "exclusive" else ("student", "fake")
 
     def updates(self, step: int) -> int:
-        args = self.args
+        args, alone = self.args, min(step, self.steps_alone)
         if not args.matches_distributions:
             return step
-        return step // (args.fake_updates_per_student + (args.critic_schedule == "exclusive"))
+        return alone + (step - alone) // (args.fake_updates_per_student + (args.critic_schedule == "exclusive"))
+
+    @property
+    def steps_alone(self) -> int:
+        """First steps of the student without a DMD term: in rCM it begins where the derivative's share has grown to 1."""
+        args = self.args
+        return args.tangent_warmup_steps if args.dmd_weight and args.consistency == "continuous" else 0
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> Tensor:
         """A micro-batch of the present turn. Gradients stay local until the last one of the step."""
@@ -233,7 +239,7 @@ class VideoDistillTrainer(DistillBase):
         if args.loss_type == "consistency":
             of_clips = self._discrete_loss if args.consistency == "discrete" else self._continuous_loss
             loss = of_clips(inputs, sources)
-            if not args.dmd_weight:
+            if not args.dmd_weight or self.state.global_step < self.steps_alone:
                 return loss, None
             matching, x = self._matching_loss(inputs, sources)
             return loss + args.dmd_weight * matching, x
