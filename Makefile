@@ -29,7 +29,6 @@ style: $(VENV)/installed
 	$(BIN)/ruff format .
 
 docs: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/mkdocs build --strict
 
 clean:

@@ -1,5 +1,6 @@
 """Every Python block of README and docs runs, page by page, with the big checkpoint replaced by the toy pipeline."""
 
+import os
 import re
 import subprocess
 import sys
@@ -60,6 +61,31 @@ def test_links_point_at_files():
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if not target.startswith(("http", "data:")):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_site_builds_with_its_formulas_and_requests_nothing(tmp_path):
+    """What `make docs` runs."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    built = {page: (tmp_path / page.stem / "index.html").read_text() for page in (ROOT / "docs").glob("*_trainer.md")}
+    for page, html in built.items():
+        prose = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+        formulas = len(re.findall(r"\$\$.*?\$\$|\$[^$\n]+\$", prose, re.DOTALL))
+        assert html.count("<math") == formulas >= 10, page.name
+        text = re.sub(r"<(script|style|code|math).*?</\1>", "", html, flags=re.DOTALL)
+        assert "$" not in text and "\\(" not in text
+    assert len(built) == 3
+    # every page is in the navigation, and none loads anything from elsewhere
+    pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
+    home = (tmp_path / "index.html").read_text()
+    assert pages == {page for page in pages if f'href="{page}/"' in home}
+    for html in [home, *built.values()]:
+        assert not re.search(
+            r"<(?:script|img|iframe)[^>]* src=\"?https?:|<link[^>]* href=\"?https?:[^>]*stylesheet", html
+        )
 
 
 def test_paper_index_is_current_and_misses_none():
