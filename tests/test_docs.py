@@ -88,6 +88,20 @@ def test_the_site_builds_with_its_formulas_and_requests_nothing(tmp_path):
         )
 
 
+def test_options_are_current():
+    script = ROOT / "scripts" / "option_tables.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+    page = (ROOT / "docs" / "options.md").read_text()
+    sections = dict(re.findall(r"## (\w+)\n\n.*?(\| option.*?)(?=\n## |\Z)", page, re.DOTALL))
+    for name, rows in (("VideoSFTConfig", 6), ("VideoGRPOConfig", 40), ("VideoDistillConfig", 25)):
+        assert len(re.findall(r"^\| `", sections[name], re.MULTILINE)) >= rows
+    # the hand-made table of the SFT page leaves none out
+    sft = (ROOT / "docs" / "sft_trainer.md").read_text()
+    for name in re.findall(r"^\| `(\w+)`", page.split("## VideoGRPOConfig")[0], re.MULTILINE):
+        assert f"`{name}`" in sft, name
+
+
 def test_paper_index_is_current_and_misses_none():
     script = ROOT / "scripts" / "paper_index.py"
     done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
