@@ -15,10 +15,11 @@ from sft_setup import digest, trained_weights
 from tiny_pipelines import wan
 from transformers import TrainerCallback
 
-from vidtrl import VideoGRPOTrainer
+from vidtrl import VideoGRPOConfig, VideoGRPOTrainer
 from vidtrl.rewards.runner import RewardError, RewardRunner
 from vidtrl.trainer.ema import WeightAverage
 from vidtrl.trainer.grpo_logging import GenerationMetrics
+from vidtrl.trainer.memory import planned_config
 
 
 def constant(videos, **kwargs):
@@ -333,8 +334,9 @@ def test_several_updates_share_out_the_videos(tmp_path):
     assert ratio[0] == ratio[2] == 1 and ratio[1] != 1 and ratio[3] != 1
 
 
-def test_steps_per_generation_of_several_accumulations(tmp_path):
-    config = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, steps_per_generation=4)
+@pytest.mark.parametrize("generation", [dict(steps_per_generation=4), dict(generation_batch_size=8)])
+def test_steps_per_generation_of_several_accumulations(tmp_path, generation):
+    config = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, **generation)
     trainer = make_trainer(tmp_path, cls=Watching, max_steps=4, **config)
     trainer.train()
     assert len(trainer.generations) == 2
@@ -343,6 +345,13 @@ def test_steps_per_generation_of_several_accumulations(tmp_path):
     for update in (slices[:2], slices[2:]):  # each update's loss is a mean over its own children
         items = [item for part in update for batch in part for item in batch]
         assert sum((item.weight > 0).sum().item() for item in items) == 4
+
+
+def test_a_generations_videos_are_those_of_all_processes():
+    config = dict(use_cpu=True, report_to=[], per_device_train_batch_size=8, generation_batch_size=32)
+    for num_processes, steps in ((1, 4), (2, 2), (4, 1)):
+        args = planned_config(VideoGRPOConfig, num_processes)("unused", **config)
+        assert (args.steps_per_generation, args.num_prompts) == (steps, 4)
 
 
 @pytest.mark.parametrize("recipe", ["flash-grpo", "diffusion-nft", "awm"])
@@ -674,6 +683,12 @@ def test_log_completions(tmp_path, capsys):
 
 # ---- Other families ----
 
+
+def position(videos, **kwargs):
+    """Fixed by position alone."""
+    return [float(i * 7919 % 13) for i in range(len(videos))]
+
+
 FAMILIES = {
     "ltx": {},
     "ltx_i2v": {},
@@ -685,7 +700,12 @@ FAMILIES = {
     "sana_i2v": dict(recipe="diffusion-nft"),
     "hunyuan15": dict(recipe="longcat"),
     "kandinsky5": dict(recipe="flow-grpo"),
+    # its tiny random VAE decodes everything to grey
+    "allegro": dict(transition="ddim", noise_level=1.0, rewards=position),
+    "hunyuan_i2v": dict(guidance_scale=1.0),
 }
+QUICK = list(FAMILIES)[:5]
+OTHERS = [name for name in tiny_pipelines.ALL if name not in QUICK]
 
 
 def family_setup(name, **config):
@@ -700,16 +720,40 @@ def family_setup(name, **config):
     return dict(pipe=pipe, rows=rows, max_sequence_length=None) | call | config
 
 
-@pytest.mark.parametrize(
-    "name", [*list(FAMILIES)[:5], *(pytest.param(n, marks=pytest.mark.slow) for n in list(FAMILIES)[5:])]
-)
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_family_trains(tmp_path, name):
-    trainer = make_trainer(tmp_path, **family_setup(name, num_inference_steps=3, **FAMILIES[name]))
+    trainer = make_trainer(tmp_path, **family_setup(name, num_inference_steps=3, **FAMILIES.get(name, {})))
     start = trained_weights(trainer)
     trainer.train()
     assert history(trainer, "frac_reward_zero_std")[0] < 1
     assert history(trainer, "ratio/mean")[0] == pytest.approx(1, abs=1e-6)
     assert distance(trained_weights(trainer), start) > 1e-4
+
+
+def test_prompts_are_encoded_once(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=5)  # 5 x 2 groups of 4 videos: each of 4 prompts more than once
+    encoded, encode = [], trainer._encoded.encode
+    trainer._encoded.encode = lambda prompt, *args: encoded.append(prompt) or encode(prompt, *args)
+    trainer.train()
+    assert sorted(encoded) == sorted(PROMPTS)
+
+
+def test_decoding_in_chunks_changes_no_reward(tmp_path):
+    rewards = []
+    for size in (1, 3, 8):
+        trainer = make_trainer(tmp_path / str(size), cls=Watching, max_steps=1, vae_batch_size=size)
+        calls = []
+        decode = trainer.pipe.vae.decode
+        trainer.pipe.vae.decode = lambda z, *args, calls=calls, decode=decode, **kwargs: (
+            calls.append(len(z)) or decode(z, *args, **kwargs)
+        )
+        trainer.train()
+        assert calls == {1: [1] * 8, 3: [3, 3, 2], 8: [8]}[size]
+        assert not trainer.pipe.vae.use_tiling
+        rewards.append(trainer.generations[0]["rewards"])
+    for other in rewards[1:]:
+        torch.testing.assert_close(other, rewards[0], rtol=0, atol=1e-4)
+    assert rewards[0].std() > 1e-2
 
 
 @pytest.mark.parametrize("value, expected", [(None, 6.0), (2.5, 2.5)])
@@ -844,6 +888,12 @@ BAD = {
     "baseline='latent' compares videos of one latent": dict(baseline="latent"),
     "train_fraction must lie in": dict(train_fraction=0.0),
     "must be a multiple of gradient_accumulation_steps": dict(steps_per_generation=3, gradient_accumulation_steps=2),
+    r"generation_batch_size=12 must be a multiple of 8 videos \(per_device_train_batch_size=8 x 1 processes": dict(
+        generation_batch_size=12
+    ),
+    "is 2 micro-steps, and steps_per_generation=3 says otherwise": dict(
+        generation_batch_size=16, steps_per_generation=3
+    ),
     "needs a method with stochastic steps": dict(reuse_rollout=True, num_iterations=2),
     "transition must be one of": dict(transition="flow_sde"),
     "num_inference_steps must be at least 1": dict(num_inference_steps=0),

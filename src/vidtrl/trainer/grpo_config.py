@@ -25,8 +25,9 @@ class VideoGRPOConfig(VideoTrainingConfig):
     Configuration of [`VideoGRPOTrainer`]: [`VideoTrainingConfig`] plus the arguments below.
 
     `recipe` names a published method; it fills every field marked "by recipe" that is not set explicitly. A batch counts
-    videos: one generation samples `per_device_train_batch_size x steps_per_generation` videos on each process, and an
-    optimizer step uses `per_device_train_batch_size x gradient_accumulation_steps` of them.
+    videos: one generation samples `per_device_train_batch_size x steps_per_generation` videos on each process
+    (`generation_batch_size` in all), and an optimizer step uses `per_device_train_batch_size x
+    gradient_accumulation_steps` of them.
 
     Args:
         > Parameters that control the method
@@ -80,6 +81,9 @@ class VideoGRPOConfig(VideoTrainingConfig):
             Videos per prompt, G.
         num_generations_eval (`int`, *optional*, defaults to `1`):
             Videos per prompt in evaluation.
+        generation_batch_size (`int`, *optional*):
+            Videos of one generation on all processes together, in place of `steps_per_generation`; a multiple of
+            `per_device_train_batch_size` x processes.
         steps_per_generation (`int`, *optional*):
             Micro-batches that one generation is cut into; `None` is `gradient_accumulation_steps` (one update each).
         num_iterations (`int`, *optional*, defaults to `1`):
@@ -216,6 +220,9 @@ class VideoGRPOConfig(VideoTrainingConfig):
     # Parameters that control generation
     num_generations: int | None = _option("Videos per prompt.")
     num_generations_eval: int = field(default=1, metadata={"help": "Videos per prompt in evaluation."})
+    generation_batch_size: int | None = field(
+        default=None, metadata={"help": "Videos per generation, on all processes; instead of steps_per_generation."}
+    )
     steps_per_generation: int | None = field(
         default=None, metadata={"help": "Micro-batches per generation. Default: gradient_accumulation_steps."}
     )
@@ -305,9 +312,26 @@ class VideoGRPOConfig(VideoTrainingConfig):
         if self.ema_decay == 0:
             self.ema_decay = None
         super().__post_init__()
+        if self.generation_batch_size is not None:
+            self._use_generation_batch_size()
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
         self._validate()
+
+    def _use_generation_batch_size(self):
+        micro_step = self.per_device_train_batch_size * self.world_size
+        if self.generation_batch_size < 1 or self.generation_batch_size % micro_step:
+            raise ValueError(
+                f"generation_batch_size={self.generation_batch_size} must be a multiple of {micro_step} videos "
+                f"(per_device_train_batch_size={self.per_device_train_batch_size} x {self.world_size} processes)"
+            )
+        steps = self.generation_batch_size // micro_step
+        if self.steps_per_generation not in (None, steps):
+            raise ValueError(
+                f"generation_batch_size={self.generation_batch_size} is {steps} micro-steps, and steps_per_generation="
+                f"{self.steps_per_generation} says otherwise: set one of them"
+            )
+        self.steps_per_generation = steps
 
     def _validate(self):
         choices = {
