@@ -2,6 +2,8 @@
 
 import os
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,8 @@ import pytest
 import tiny_pipelines
 
 from vidtrl import toy
+from vidtrl.cli.main import COMMANDS, main
+from vidtrl.models import check_model
 from vidtrl.toy.paraphrases import enhancer_path
 
 
@@ -54,6 +58,53 @@ def test_snippets_run(page, tmp_path, monkeypatch):
         exec(compile(block, f"{page.name}", "exec"), names)
         ran += 1
     assert ran
+
+
+def test_commands_exist_and_take_their_options(monkeypatch, capsys):
+    """Every `vidtrl ...` and `python script.py ...` of a shell block."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+    def options(*command):
+        with pytest.raises(SystemExit) as stop:
+            if command[0] == "vidtrl":
+                main([*command[1:], "--help"])
+            else:
+                monkeypatch.setattr(sys, "argv", [command[1], "--help"])
+                runpy.run_path(str(ROOT / command[1]), run_name="__main__")
+        assert stop.value.code == 0
+        return set(re.findall(r"--[\w-]+", capsys.readouterr().out)) | {"--debug"}
+
+    known, checked = {}, 0
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/*.md")]:
+        text = page.read_text().replace("\\\n", " ")
+        typed = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).splitlines()
+        for line in typed + re.findall(r"^\$ (.*)", text, re.MULTILINE):
+            words = shlex.split(line, comments=True)
+            words = words[next((i for i, word in enumerate(words) if "=" not in word), 0) :]  # VARIABLE=value command
+            if words[:1] == ["python"] and (ROOT / words[1]).parent.name in ("benchmarks", "scripts"):
+                assert (ROOT / words[1]).is_file(), f"{page.name}: {line}"
+            elif words[:1] == ["vidtrl"]:
+                assert words[1] in COMMANDS, f"{page.name}: {line}"
+            else:
+                continue
+            given, command = {word.split("=")[0] for word in words if word.startswith("--")}, tuple(words[:2])
+            if given and command not in known:
+                known[command] = options(*command)
+                if command[1] == "estimate":  # of a run of these
+                    known[command] |= (
+                        options("vidtrl", "sft") | options("vidtrl", "grpo") | options("vidtrl", "distill")
+                    )
+            assert not given - known.get(command, set()), f"{page.name}: {line}"
+            checked += len(given)
+    assert len(known) > 15 and checked > 100
+
+
+def test_check_models_output_is_todays():
+    shown = re.search(r"\$ vidtrl check-model.*?```", (ROOT / "docs" / "cli.md").read_text(), re.DOTALL).group()
+    pipe, call = tiny_pipelines.wan()
+    report = str(check_model(pipe, **call))
+    without_numbers = [re.sub(r"\s+[\d.]+e[+-]\d+", "", text).strip() for text in (shown, report)]
+    assert without_numbers[1] in without_numbers[0]
 
 
 def test_links_point_at_files():
