@@ -1,6 +1,7 @@
 """Folders to the Hub and back over real sockets, through whatever a network and a server do wrong."""
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -11,11 +12,14 @@ import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, Video
 from huggingface_hub import HfApi, constants
+from PIL import Image
 
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -23,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from hub_server import ME, OTHER, READER, card_data, card_problems, hub  # noqa: E402, F401
 
 from vidtrl.cli.main import main  # noqa: E402
+from vidtrl.data import load_video_folder  # noqa: E402
 from vidtrl.data.video import write_video  # noqa: E402
 from vidtrl.hub import (  # noqa: E402
     HubError,
@@ -361,6 +366,20 @@ def test_tokens_are_hidden():
 # ---- Datasets ----
 
 
+def run_fresh(hub, script, tmp_path):  # noqa: F811
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=hub.environment(tmp_path / "home")
+        | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert ME not in done.stderr + done.stdout
+
+
 def clip(path, value=0.5):
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = torch.full((5, 3, 16, 16), value)
@@ -432,6 +451,107 @@ def test_a_dataset_that_was_pulled_is_pushed_again(hub, tmp_path):  # noqa: F811
     assert row["prompt"] == prompt and files[0]["metadata.jsonl"] == files[1]["metadata.jsonl"]
 
 
+FROM_IMAGES = """
+import torch
+{code}
+assert [row["prompt"] for row in dataset] == ["zero", "one", "two"] and dataset[1]["image"] is None
+assert [dataset[i]["image"].getpixel((0, 0)) for i in (0, 2)] == [(255, 0, 0), (0, 0, 255)]
+
+# as a stream, of which torchcodec is not asked to decode anything
+from vidtrl.data import standardize_columns
+from vidtrl.data.video import load_image, read_video
+streamed = next(iter(standardize_columns(load_dataset("me/clips", split="train", streaming=True))))
+assert read_video(streamed["video"]).shape == (5, 3, 16, 16) and load_image(streamed["image"]).size == (24, 16)
+
+# a trainer's condition is that of the image that was uploaded
+import tiny_pipelines
+from PIL import Image
+from vidtrl.models import VideoModel
+from sft_setup import make_trainer
+pipe, call = tiny_pipelines.wan_i2v()
+image, size = call.pop("image"), dict(height=16, width=16, num_frames=5)
+trainer = make_trainer("run", dataset, "cache", pipe=pipe, max_sequence_length=16, max_steps=1, **size)
+condition = lambda i: trainer.clean_latents(trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i, 0]])))[2]
+for i, red in ((0, True), (2, False)):
+    wanted = VideoModel(tiny_pipelines.wan_i2v()[0]).condition(
+        "x", image=Image.new("RGB", (16, 16), "red"), max_sequence_length=16, **size
+    )
+    same = torch.equal(condition(i).samples[0]["hidden_states"], wanted.samples[0]["hidden_states"])
+    assert same == red
+trainer.train()
+"""
+
+
+def test_images_of_image_to_video_data(hub, tmp_path, monkeypatch, capfd):  # noqa: F811
+    """Embedded in the rows, whatever they were: what comes back trains as what went up, from the Hub and from a folder."""
+    data = tmp_path / "data"
+    lines = []
+    for name, colour in (("zero", "red"), ("one", None), ("two", "blue")):
+        clip(data / f"{name}.mp4")
+        if colour:
+            (data / "images").mkdir(exist_ok=True)
+            Image.new("RGB", (24, 16), colour).save(data / "images" / f"{name}.png")
+        image = f"images/{name}.png" if colour else None
+        lines.append({"file_name": f"{name}.mp4", "prompt": name, "image": image, "score": len(lines)})
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert main(["push", str(data), "clips"]) == 0
+    files = hub.repo("me/clips", "dataset").files()
+    card = files["README.md"].decode()
+    assert sorted(f.split("/")[0] for f in files) == ["README.md", "metadata.parquet", "videos", "videos", "videos"]
+    assert not card_problems(card, "dataset") and "`image`" in card
+
+    # from there once more, and the same from rows of every kind
+    pulled = pull_from_hub("me/clips", tmp_path / "pulled", repo_type="dataset")
+    monkeypatch.chdir(tmp_path)
+    assert main(["push", "pulled", "again"]) == 0
+    red, blue = ((data / "images" / f"{name}.png").read_bytes() for name in ("zero", "two"))
+    rows = [
+        {"prompt": name, "video": data / f"{name}.mp4", "image": None, "score": 7} for name in ("zero", "one", "two")
+    ]
+    for repo, zero, two in (
+        ("me/paths", str(data / "images/zero.png"), data / "images/two.png"),
+        ("me/bytes", red, {"path": None, "bytes": blue}),
+        ("me/pil", Image.open(data / "images/zero.png"), Image.new("RGB", (24, 16), "blue").convert("CMYK")),
+    ):
+        rows[0]["image"], rows[2]["image"] = zero, two
+        push_sft(rows, repo)
+    dataset = Dataset.from_list([{**row, "video": str(row["video"]), "image": None} for row in rows])
+    images = [str(data / "images/zero.png"), None, str(data / "images/two.png")]
+    dataset = dataset.remove_columns("image").add_column("image", images).cast_column("image", datasets.Image())
+    push_sft(dataset, "me/feature")
+    for repo in ("clips", "again", "paths", "bytes", "pil", "feature"):
+        table = pq.read_table(io.BytesIO(hub.repo(f"me/{repo}", "dataset").files()["metadata.parquet"]))
+        zero, one, two = [row["image"] for row in table.to_pylist()]
+        assert one is None and (zero["bytes"] == red or repo == "pil"), repo
+        shown = [Image.open(io.BytesIO(image["bytes"])).getpixel((0, 0)) for image in (zero, two)]
+        assert shown[0] == (255, 0, 0) and shown[1][2] > 200 > 50 > shown[1][0]
+    assert load_video_folder(pulled)[2]["image"]["bytes"] == blue
+
+    code = card.split("```python\n")[1].split("```")[0]
+    run_fresh(hub, FROM_IMAGES.format(code=code), tmp_path)
+
+
+def test_images_that_cannot_go_up(hub, tmp_path):  # noqa: F811
+    video = clip(tmp_path / "data/a.mp4")
+    (tmp_path / "data/broken.png").write_bytes(b"no picture")
+    for image, message in (
+        (tmp_path / "data/broken.png", "row 0: .*broken.png cannot be read as an image"),
+        ("nowhere.png", "row 0: nowhere.png cannot be read as an image"),
+        (3, "row 0: cannot read an image from <int>"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            push_sft([{"prompt": "x", "video": video, "image": image}], "me/x")
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    line = {"file_name": "a.mp4", "prompt": "x"}
+    for image in ("../secret.png", {"path": str(tmp_path / "secret.png"), "bytes": None}):
+        (tmp_path / "data/metadata.jsonl").write_text(json.dumps({**line, "image": image}))
+        with pytest.raises(ValueError, match="outside its folder"):
+            push_sft(tmp_path / "data", "me/x")
+        with pytest.raises(ValueError, match="leaves the dataset's directory"):
+            load_video_folder(tmp_path / "data")
+    assert not hub.repos
+
+
 def test_a_folder_goes_up_as_the_dataset_it_is(hub, tmp_path):  # noqa: F811
     """All of it, whatever a video is named; its card stays as it is, here and there."""
     card = "---\nbase_model: lab/wan\n---\nMine.\n"
@@ -471,16 +591,7 @@ assert read_video(row["video"]).shape == (5, 3, 16, 16)
 {code[1]}
 print(read_video(dataset[0]["chosen"]).float().mean() / 255, read_video(dataset[0]["rejected"]).float().mean() / 255)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=hub.environment(tmp_path / "home"),
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert ME not in done.stderr + done.stdout
+    run_fresh(hub, script, tmp_path)
 
 
 def test_videos_that_no_browser_plays(hub, tmp_path):  # noqa: F811

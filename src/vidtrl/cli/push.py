@@ -1,7 +1,7 @@
 """`vidtrl push`: upload a trained model, an enhancer, a student or a dataset of videos to the Hub.
 
 Of a trainer's folder the model goes up with its card, videos and curves; not checkpoints, optimizer states or caches. A folder
-of videos with a metadata.jsonl (completions/ of a trainer, what `vidtrl compare --export` wrote) becomes a dataset.
+of videos with a metadata.jsonl or metadata.parquet (completions/ of a trainer, what `vidtrl compare --export` wrote) becomes a dataset.
 
 The token is that of `hf auth login`, or HF_TOKEN; it is no option, because options are seen by others and kept in histories.
 """
@@ -55,17 +55,24 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _kind(directory: Path) -> str:
-    """By the columns of metadata.jsonl, if there is one."""
-    path = directory / "metadata.jsonl"
-    if not path.is_file():
+    """By the columns of its rows, if it has any."""
+    from ..hub.datasets import metadata_file
+
+    path = metadata_file(directory)
+    if path is None:
         return "model"
-    with open(path, encoding="utf-8") as file:
-        try:
-            row = json.loads(file.readline() or "{}")
-        except ValueError as error:
-            raise UserError(
-                f"the first line of {str(path)!r} is no JSON ({error}): write it again, or give --kind"
-            ) from error
-    if "chosen_file_name" in row:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        columns = pq.read_schema(path).names
+    else:
+        with open(path, encoding="utf-8") as file:
+            try:
+                columns = json.loads(file.readline() or "{}")
+            except ValueError as error:
+                raise UserError(
+                    f"the first line of {str(path)!r} is no JSON ({error}): write it again, or give --kind"
+                ) from error
+    if "chosen_file_name" in columns:
         return "preferences"
-    return "rollouts" if "advantage" in row else "sft"
+    return "rollouts" if "advantage" in columns else "sft"

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import fsspec
+import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict, List, Value, Video
 
 from .video import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, source_name
@@ -52,6 +53,11 @@ def standardize_columns(dataset, *, root: str | os.PathLike | None = None, promp
     if isinstance(dataset, (DatasetDict, IterableDatasetDict, dict)):
         raise ValueError(f'pass one split, for example dataset["{next(iter(dataset), "train")}"], not the whole dict')
     columns = _column_names(dataset)
+    if isinstance(dataset, IterableDataset) and any(
+        isinstance(f, (Video, Image)) for f in (dataset.features or {}).values()
+    ):
+        # what streams from the Hub is decoded by threads as a first step (datasets 5.2), which no cast undoes
+        dataset = dataset.decode(False).cast(dataset.features)
     if not prompts_only:
         video = _find(columns, "video")
         if video is None and "image" in columns and _nearest("video", columns) is None:
@@ -76,7 +82,7 @@ def standardize_columns(dataset, *, root: str | os.PathLike | None = None, promp
 
 def load_video_folder(directory: str | os.PathLike) -> Dataset:
     """
-    Load a directory of clips and captions: `metadata.jsonl` or `metadata.csv`, or a `.txt` beside each clip.
+    Load a directory of clips and captions: `metadata.jsonl`, `.csv` or `.parquet`, or a `.txt` beside each clip.
 
     Args:
         directory (`str` or `PathLike`): Sub-directories are searched too; images are loaded as one-frame videos.
@@ -99,7 +105,7 @@ def load_video_folder(directory: str | os.PathLike) -> Dataset:
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory")
-    for name in ("metadata.jsonl", "metadata.csv"):
+    for name in ("metadata.jsonl", "metadata.csv", "metadata.parquet"):
         if (directory / name).is_file():
             rows = _read_metadata(directory / name)
             break
@@ -222,6 +228,8 @@ def _fetched(row, column):
 
 
 def _resolve(value, root):
+    if root is not None and isinstance(value, dict) and value.get("bytes") is None and value.get("path") is not None:
+        return {**value, "path": _resolve(value["path"], root)}
     if not isinstance(value, (str, os.PathLike)):
         return value
     value = os.fspath(value)
@@ -270,6 +278,8 @@ def _check_prompts(prompts) -> None:
 
 
 def _read_metadata(path: Path) -> list[dict]:
+    if path.suffix == ".parquet":
+        return pq.read_table(path).to_pylist()
     with open(path, encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":
             return list(csv.DictReader(file))

@@ -1,12 +1,14 @@
 """Videos with what is known about them, as datasets on the Hub: rollouts, preferences, clips for fine-tuning.
 
 A dataset is a folder of mp4 files with a `metadata.jsonl` (the layout VideoFolder of `datasets`), which the Hub's viewer plays
-and `load_dataset` reads back.
+and `load_dataset` reads back. VideoFolder knows no other files than videos: images, such as those that image-to-video
+models start from, are embedded in the rows, which are a `metadata.parquet` then.
 """
 
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
@@ -14,16 +16,22 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-from datasets import Dataset, IterableDataset, Video
+from datasets import Dataset, Features, Image, IterableDataset, Video
 from huggingface_hub import CommitInfo, DatasetCard, DatasetCardData, HfApi
+from PIL import ImageOps
 
-from ..data.video import probe_video, source_name
+from ..data.video import load_image, probe_video, source_name
 from .upload import create_repository, place, push_folder
 
 
 # the container formats that both VideoFolder and browsers know
 PLAYABLE = (".mp4", ".mov")
+PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
+ROWS = 100  # in a row group of metadata.parquet: so many images are in memory at once
 KINDS = {
     "rollouts": (
         ("video",),
@@ -49,7 +57,8 @@ def push_rollouts(
 
     Args:
         source: A run's `output_dir` with `log_completions=True`, its `completions` folder, or rows with `prompt` and
-            `video` (file, or `{"path", "bytes"}`) and any further columns.
+            `video` (file, or `{"path", "bytes"}`) and any further columns, of which `image`, and those of PIL images or of
+            the feature `Image`, hold images (a path, bytes, `{"path", "bytes"}` or PIL), or `None`.
         repo_id (`str`): `"name"` or `"organisation/name"`; created if missing.
         steps (`Iterable[int]`, *optional*): Only these steps.
         private (`bool`, *optional*): Of a repository that is created. Default: as the account says.
@@ -61,7 +70,8 @@ def push_rollouts(
         `CommitInfo`: The commit; as a `str` its address.
 
     Raises:
-        `ValueError`: No rows, a row without prompt, or a video that the viewer cannot play; the message names the row.
+        `ValueError`: No rows, a row without prompt, a video that the viewer cannot play, or an image that cannot be read; the
+            message names the row.
         [`HubError`]: The Hub refused, or could not be reached.
 
     Example:
@@ -117,10 +127,10 @@ def push_sft(
     commit_message: str | None = None,
 ) -> CommitInfo:
     """
-    Upload captioned clips: rows of `prompt` and `video`.
+    Upload captioned clips: rows of `prompt` and `video`, for image-to-video models also `image`.
 
     Args:
-        source: A folder with `metadata.jsonl`, or rows as for [`push_rollouts`].
+        source: A folder with `metadata.jsonl`, whose column `image` holds paths inside it, or rows as for [`push_rollouts`].
         repo_id, private, token, revision, commit_message: As for [`push_rollouts`].
 
     Returns:
@@ -153,7 +163,8 @@ def write_video_folder(kind: str, source: Any, folder: Path, chosen=lambda row: 
         chosen (`Callable`, *optional*): Which rows.
 
     Returns:
-        `list[dict]`: The rows as written to `metadata.jsonl`.
+        `list[dict]`: The rows as written to `metadata.jsonl`. If there are images, the rows are in `metadata.parquet`, and an
+            image is the `Path` that its file had.
 
     Raises:
         `ValueError`: As [`push_rollouts`].
@@ -175,15 +186,42 @@ def write_video_folder(kind: str, source: Any, folder: Path, chosen=lambda row: 
             written["file_name" if column == "video" else f"{column}_file_name"] = _place(
                 row[column], folder, name, number
             )
-        written |= {name: _plain(value) for name, value in row.items() if name not in columns}
+        for name, value in row.items():
+            if name not in columns:
+                place = folder / "images" / name / f"{number:06d}"
+                written[name] = _place_image(value, place, number) if _is_image(name, value) else _plain(value)
         rows.append(written)
     if not rows:
         raise ValueError("there is nothing to upload: no rows, or none of the steps that were asked for")
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with open(folder / "metadata.jsonl", "w", encoding="utf-8") as file:
-        for row in rows:  # every column in every row: VideoFolder takes the columns of the first
-            file.write(json.dumps({name: row.get(name) for name in names}, allow_nan=False, ensure_ascii=False) + "\n")
+    rows = [{name: row.get(name) for name in names} for row in rows]  # VideoFolder takes the columns of the first
+    if images := _images(rows):
+        _write_parquet(rows, images, folder / "metadata.parquet")
+        shutil.rmtree(folder / "images")
+    else:
+        with open(folder / "metadata.jsonl", "w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
     return rows
+
+
+def _images(rows: list[dict[str, Any]]) -> list[str]:
+    """The columns of images."""
+    return list(dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, Path)))
+
+
+def _write_parquet(rows: list[dict[str, Any]], images: list[str], path: Path) -> None:
+    """Rows with the images embedded, as the feature `Image` of `datasets` has them."""
+    plain = pa.Table.from_pylist([{name: v for name, v in row.items() if name not in images} for row in rows])
+    schema = Features(Features.from_arrow_schema(plain.schema) | dict.fromkeys(images, Image())).arrow_schema
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, len(rows), ROWS):
+            part = plain.slice(start, ROWS)
+            for name in images:
+                files = [row[name] for row in rows[start : start + ROWS]]
+                embedded = [f and {"bytes": f.read_bytes(), "path": f.name} for f in files]
+                part = part.append_column(name, pa.array(embedded, schema.field(name).type))
+            writer.write_table(part.cast(schema))
 
 
 def _rows(source: Any) -> Iterable[Mapping[str, Any]]:
@@ -192,29 +230,52 @@ def _rows(source: Any) -> Iterable[Mapping[str, Any]]:
         return _rows_of_folder(Path(source).expanduser())
     if isinstance(source, (Dataset, IterableDataset)):
         for name, feature in (source.features or {}).items():
-            if isinstance(feature, Video):
-                source = source.cast_column(name, Video(decode=False))
+            if isinstance(feature, (Video, Image)):
+                source = source.cast_column(name, type(feature)(decode=False))
     return source
 
 
 def _rows_of_folder(folder: Path) -> Iterable[dict[str, Any]]:
-    path = folder / "metadata.jsonl"
-    if not path.is_file():
+    path = metadata_file(folder)
+    if path is None:
         raise ValueError(f"there is no metadata.jsonl in {os.fspath(folder)!r}: give a folder of videos that has one")
+
+    def inside(name: str) -> Path:
+        file = PurePosixPath(name)
+        if file.is_absolute() or ".." in file.parts:
+            raise ValueError(f"{path} names {name!r}, which lies outside its folder")
+        return folder / file
+
+    for row in _read_parquet(path) if path.suffix == ".parquet" else _read_lines(path):
+        for name in [n for n in row if (n == "file_name" or n.endswith("_file_name")) and row[n] is not None]:
+            row["video" if name == "file_name" else name.removesuffix("_file_name")] = inside(row.pop(name))
+        for name, value in row.items():
+            if isinstance(value, Mapping) and value.keys() == {"path", "bytes"} and value["bytes"] is None:
+                row[name] = value["path"] and inside(value["path"])
+            elif name == "image" and isinstance(value, str):
+                row[name] = inside(value)
+        yield row
+
+
+def metadata_file(folder: Path) -> Path | None:
+    """What says which rows a folder of videos has, if there is one."""
+    return next((p for name in ("jsonl", "parquet") if (p := folder / f"metadata.{name}").is_file()), None)
+
+
+def _read_lines(path: Path) -> Iterable[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): a prompt may hold U+2028
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            yield json.loads(line)
         except ValueError as error:
             raise ValueError(f"line {number} of {os.fspath(path)!r} is no JSON ({error}): write it again") from None
-        for name in [n for n in row if (n == "file_name" or n.endswith("_file_name")) and row[n] is not None]:
-            file = PurePosixPath(row.pop(name))
-            if file.is_absolute() or ".." in file.parts:
-                raise ValueError(f"{path} names {os.fspath(file)!r}, which lies outside its folder")
-            row["video" if name == "file_name" else name.removesuffix("_file_name")] = folder / file
-        yield row
+
+
+def _read_parquet(path: Path) -> Iterable[dict[str, Any]]:
+    for batch in pq.ParquetFile(path).iter_batches(ROWS):
+        yield from batch.to_pylist()
 
 
 def _place(video: Any, folder: Path, name: str, number: int) -> str:
@@ -241,6 +302,30 @@ def _place(video: Any, folder: Path, name: str, number: int) -> str:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
     return f"{name}{end}"
+
+
+def _is_image(name: str, value: Any) -> bool:
+    embedded = isinstance(value, Mapping) and value.keys() == {"path", "bytes"}
+    return isinstance(value, PIL.Image.Image) or embedded or (name == "image" and value is not None)
+
+
+def _place_image(image: Any, path: Path, number: int) -> Path:
+    """Put an image, as the file it is, beside the others of its column; where."""
+    try:
+        load_image(image)  # raises, and names the file, where there is no image
+    except ValueError as error:
+        raise ValueError(f"row {number}: {error}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data, source = (image.get("bytes"), image.get("path")) if isinstance(image, Mapping) else (None, image)
+    if isinstance(image, PIL.Image.Image):
+        upright = ImageOps.exif_transpose(image)
+        upright = upright if upright.mode in PNG_MODES else upright.convert("RGB")
+        upright.save(path := path.with_suffix(".png"), "PNG")
+    elif data is not None or isinstance(source, bytes):
+        path.write_bytes(source if data is None else data)
+    else:
+        place(Path(source), path := path.with_suffix(Path(source).suffix.lower()))
+    return path
 
 
 def _plain(value: Any) -> Any:
@@ -277,7 +362,12 @@ def dataset_card(kind: str, repo_id: str, rows: list[dict[str, Any]]) -> Dataset
         tags=["vidtrl", "video", kind],
         task_categories=["text-to-video"],
         size_categories=next((name for name, limit in sizes if number < limit), "1M<n<10M"),
-        configs=[{"config_name": "default", "data_files": ["metadata.jsonl", "videos/*/*"]}],
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [f"metadata.{'parquet' if _images(rows) else 'jsonl'}", "videos/*/*"],
+            }
+        ],
     )
     columns = ["prompt", *KINDS[kind][0]]
     columns += [

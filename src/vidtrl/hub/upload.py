@@ -68,7 +68,7 @@ def push_to_hub(
     commit_message: str | None = None,
 ) -> CommitInfo:
     """
-    Upload what a trainer, [`PromptEnhancer`] or [`export_student`] saved, or a folder of videos with `metadata.jsonl`.
+    Upload what a trainer, [`PromptEnhancer`] or [`export_student`] saved, or a folder of videos with `metadata.jsonl` or `metadata.parquet`.
 
     Of a trainer's directory the model goes up (weights, configuration, scheduler, adapters of earlier stages) with its card
     and the videos and curves on it; not checkpoints, optimizer states, caches or completions. The card's code and videos are
@@ -77,7 +77,7 @@ def push_to_hub(
     Args:
         directory (`str` or `PathLike`): What to upload; also one checkpoint.
         repo_id (`str`): `"name"` or `"organisation/name"`; created if missing.
-        repo_type (`str`, *optional*): `"model"` or `"dataset"`. Default: `"dataset"` for a folder with `metadata.jsonl`.
+        repo_type (`str`, *optional*): `"model"` or `"dataset"`. Default: `"dataset"` for a folder with such a file.
         private (`bool`, *optional*): Of a repository that is created. Default: as the account says.
         token (`str`, *optional*): Default: `HF_TOKEN`, or the one `hf auth login` stored.
         revision (`str`, *optional*): Branch; created if missing. Default: `main`.
@@ -93,7 +93,8 @@ def push_to_hub(
     directory = Path(directory).expanduser()
     if not directory.is_dir():
         raise ValueError(f"there is no directory {os.fspath(directory)!r}: give what a trainer's save_model wrote")
-    repo_type = repo_type or ("dataset" if (directory / "metadata.jsonl").is_file() else "model")
+    rows = any((directory / f"metadata.{name}").is_file() for name in ("jsonl", "parquet"))
+    repo_type = repo_type or ("dataset" if rows else "model")
     is_dataset = repo_type == "dataset"
     api = HfApi(token=token)
     repo_id = create_repository(api, repo_id, repo_type, private, revision)
