@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_examples import COMMANDS as RECIPES
+from test_examples import HERE
 
 from vidtrl.cli import generate, launch, sft
 from vidtrl.cli.errors import UserError
@@ -23,7 +25,8 @@ from vidtrl.toy import write_dataset
 
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*DOCS, *sorted((ROOT / "examples").glob("*/README.md"))]
 SHELL = re.compile(r"```(bash|console)\n(.*?)```", re.DOTALL)
 PROGRAMS = ("vidtrl", "python", "python3", "pip", "accelerate", "make", "hf", "bash")
 STAND_IN = """#!/bin/bash
@@ -71,11 +74,11 @@ def workplace(tmp_path):
     return here
 
 
-def calls_of(block: str, here: Path) -> list[tuple[Path, list[str]]]:
+def calls_of(block: str, here: Path, root: Path) -> list[tuple[Path, list[str]]]:
     """(folder, command line) of every program that a block starts."""
-    kept = here.parent / "calls"
+    kept = root / "calls"
     kept.unlink(missing_ok=True)
-    environment = {"PATH": f"{here.parent / 'bin'}:/usr/bin:/bin", "HOME": str(here.parent)} | {
+    environment = {"PATH": f"{root / 'bin'}:/usr/bin:/bin", "HOME": str(root)} | {
         name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ
     }
     bash = shutil.which("bash")
@@ -110,7 +113,7 @@ def understood(words: list[str]) -> None:
     program, *args = words
     if program == "vidtrl":
         command = importlib.import_module(COMMANDS[args[0]][0], "vidtrl.cli")
-        here = ["--use_cpu"] if args[0] in ("sft", "grpo", "distill") else []  # where bfloat16 need not be
+        here = HERE if args[0] in ("sft", "grpo", "distill") else []  # where bfloat16 need not be
         with pytest.raises(Parsed):
             command.run([*args[1:], *here])
     elif program in ("python", "python3") and args[0] == "-m":
@@ -136,7 +139,10 @@ def understood(words: list[str]) -> None:
     elif program == "make":
         assert re.search(rf"^{args[0]}:", Path("Makefile").read_text(), re.MULTILINE), args
     elif program == "bash":
-        assert Path(args[0]).is_file() and set(args[1:]) <= {"--smoke"}
+        assert Path(args[0]).is_file()
+        recipe = Path(args[0]).absolute().parent.name
+        if recipe in RECIPES and "--smoke" not in args:  # what run.sh passes on to train.py
+            understood(["vidtrl", RECIPES[recipe], "--config", "config.yaml", *args[1:]])
     else:
         assert words == ["hf", "auth", "login"]
 
@@ -155,11 +161,15 @@ def script_takes(script: Path, args: list[str]) -> None:
         assert not option.startswith("--") or f'"{option}"' in text, (script, option)
 
 
-@pytest.mark.parametrize("page", WITH_SHELL, ids=lambda page: page.name)
+def name(page: Path) -> str:
+    return page.name if page in DOCS else page.parent.name
+
+
+@pytest.mark.parametrize("page", WITH_SHELL, ids=name)
 def test_shell_blocks_run(page, workplace, only_parse, monkeypatch):
-    number = 0
+    number, here = 0, workplace if page in DOCS else workplace / "examples" / page.parent.name
     for block in shell_blocks(page):
-        for folder, words in calls_of(block, workplace):
+        for folder, words in calls_of(block, here, workplace.parent):
             monkeypatch.chdir(folder)
             understood(words)
             number += 1
@@ -169,7 +179,9 @@ def test_shell_blocks_run(page, workplace, only_parse, monkeypatch):
 def test_what_does_not_exist_is_found_out(workplace, only_parse, monkeypatch):
     """Negative control."""
     monkeypatch.chdir(workplace)
-    ((_, words),) = calls_of("vidtrl sft --config sft.yaml --learning_rat 1e-4  # a comment", workplace)
+    ((_, words),) = calls_of(
+        "vidtrl sft --config sft.yaml --learning_rat 1e-4  # a comment", workplace, workplace.parent
+    )
     with pytest.raises(UserError, match="did you mean --learning_rate"):
         understood(words)
     for line in ("vidtrl report", "vidtrl compare a b --axes x", "vidtrl sft --config none.yaml"):
@@ -179,10 +191,10 @@ def test_what_does_not_exist_is_found_out(workplace, only_parse, monkeypatch):
         with pytest.raises((AssertionError, FileNotFoundError)):
             understood(shlex.split(line))
     with pytest.raises(AssertionError):
-        calls_of("cd nowhere", workplace)
+        calls_of("cd nowhere", workplace, workplace.parent)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", DOCS, ids=name)
 def test_commands_in_sentences_exist(page, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
