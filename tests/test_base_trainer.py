@@ -1,7 +1,9 @@
 """Every place where transformers.Trainer breaks over a diffusers pipeline, and the fix for it."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -302,9 +304,6 @@ def test_progress_bar_shows_loss_and_speed(clips, cache_dir, tmp_path, capsys):
 @pytest.mark.slow
 def test_trackio_gets_curves_and_videos(clips, cache_dir, tmp_path):
     """In its own process: trackio starts a server."""
-    import os
-    import subprocess
-
     code = f"""
 import sys; sys.path.insert(0, {str(os.path.dirname(__file__))!r})
 from datasets import load_from_disk
@@ -320,6 +319,41 @@ trainer.train()
     assert done.returncode == 0, done.stderr[-3000:]
     media = list((tmp_path / "trackio").rglob("*.mp4"))
     assert len(media) == 2
+
+
+@pytest.mark.slow
+def test_wandb_gets_curves_and_videos(clips, cache_dir, tmp_path):
+    """In its own process and offline: what a run would upload lies in its folder."""
+    pytest.importorskip("wandb")
+    code = f"""
+import sys; sys.path.insert(0, {str(os.path.dirname(__file__))!r})
+import wandb
+from datasets import load_from_disk
+from sft_setup import make_trainer
+from test_completions import CompletionLog, completions
+logged = []
+log = wandb.Run.log
+wandb.Run.log = lambda run, data, *args, **kwargs: logged.append(data) or log(run, data, *args, **kwargs)
+clips = load_from_disk({str(tmp_path / "clips")!r})
+trainer = make_trainer({str(tmp_path / "run")!r}, clips, {str(cache_dir)!r}, eval_clips=clips.select(range(2)),
+    report_to=["wandb"], validation_steps=2, num_validation_videos=2, validation_num_inference_steps=1,
+    max_steps=2, logging_steps=1, eval_strategy="steps", eval_steps=2, run_name="r")
+trainer.train()
+CompletionLog({str(tmp_path)!r}).write(**completions(), report_to=["wandb"])
+wandb.finish()
+names = {{name for data in logged for name in data}}
+assert {{"train/loss", "eval/loss_sigma_0.1", "eval/loss_sigma_0.9", "completions"}} <= names, names
+videos = [data for data in logged if "validation/videos" in data]
+assert [data["train/global_step"] for data in videos] == [0, 2] and len(videos[0]["validation/videos"]) == 2
+"""
+    clips.save_to_disk(tmp_path / "clips")
+    env = dict(
+        os.environ, WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true", WANDB_ERROR_REPORTING="false"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    media = [path.parent.name for path in (tmp_path / "wandb").glob("offline-run-*/files/media/videos/**/*.mp4")]
+    assert sorted(media) == ["completions"] * 3 + ["validation"] * 4
 
 
 # last: arguments that find their device start accelerate's state anew, under a trainer that is still evaluated
