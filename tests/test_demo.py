@@ -118,6 +118,7 @@ def test_demo_leaves_everything_it_promises(finished):
     for title in ("GRPO: Reward colorfulness", "GRPO: Reward toy-presence", "Enhancer: Reward video_reward"):
         assert f'aria-label="{title}: mean reward over optimizer step"' in html
     assert "the recipe diffusion-nft for 4 updates" in html and "never trained on: toy-presence went from" in html
+    assert "Why this one: it learns from finished videos" in html
     assert not list(folder.rglob("*.partial"))
     stages = results["stages"]
     assert list(stages) == ["clips", *STAGES, "generate", "speed", "report"] and all(
