@@ -47,6 +47,9 @@ def sample(pipe, call):
     return pipe(prompt="a red circle moves", generator=torch.Generator().manual_seed(0), **call).frames
 
 
+DOUBLE_BLOCKS = {
+    "target_modules": r"transformer_blocks\.\d+\..*(to_q|to_k|to_v|add_\w_proj|to_out\.0|to_add_out|net\.0\.proj|net\.2|linear)"
+}
 CASES = {
     "wan": {},
     "wan_rslora": {"use_rslora": True},
@@ -56,12 +59,15 @@ CASES = {
     },
     "wan_everywhere": {"target_modules": "all-linear"},
     "wan_i2v": {},
+    "wan21_i2v": {},
+    "wan22_ti2v_i2v": {},
     "skyreels": {},
+    "skyreels_i2v": {},
     "ltx": {},
     "ltx_i2v": {},
-    "hunyuan": {
-        "target_modules": r"transformer_blocks\.\d+\..*(to_q|to_k|to_v|add_\w_proj|to_out\.0|to_add_out|net\.0\.proj|net\.2|linear)"
-    },
+    "hunyuan": DOUBLE_BLOCKS,
+    "hunyuan_i2v": DOUBLE_BLOCKS,
+    "hunyuan_i2v_concat": DOUBLE_BLOCKS,
 }
 
 
@@ -202,6 +208,8 @@ def linear_weights(model):
             {"target_modules": ["attn1.to_k", "add_v_proj"], "alpha_pattern": {"add_v_proj": 3}},
         ),
         ("hunyuan", original_hunyuan, {}),
+        ("hunyuan_i2v", original_hunyuan, {}),
+        ("hunyuan_i2v_concat", original_hunyuan, {}),
         ("hunyuan", original_hunyuan, {"target_modules": r".*transformer_blocks\.\d+\.attn\.(to_v|add_q_proj)"}),
         (
             "hunyuan",

@@ -144,7 +144,7 @@ _MOCHI = KeyMap(
 KEY_MAPS: dict[str, KeyMap] = {
     **dict.fromkeys(("wan", "wan-i2v", "skyreels-v2", "skyreels-v2-i2v"), _WAN),
     **dict.fromkeys(("ltx", "ltx-i2v"), _LTX),
-    "hunyuan-video": _HUNYUAN_VIDEO,
+    **dict.fromkeys(("hunyuan-video", "hunyuan-video-i2v", "hunyuan-video-i2v-concat"), _HUNYUAN_VIDEO),
     "mochi": _MOCHI,
 }
 
