@@ -18,14 +18,16 @@ import tiny_pipelines
 import torch
 import yaml
 from datasets import Dataset
+from diffusers import WanImageToVideoPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from sft_setup import trained_weights
 
 from vidtrl.cli.main import main
 from vidtrl.data import build_cache, plan_dataset
 from vidtrl.data.video import condition_image, resize_crop, write_video
 from vidtrl.diffusion import flow
-from vidtrl.inference import StudentConfig
+from vidtrl.inference import StudentConfig, load_student
 from vidtrl.inference.export import student_scheduler
 from vidtrl.models import VideoModel, check_model
 from vidtrl.models.capture import bind_call
@@ -67,11 +69,11 @@ def prompts(images) -> Dataset:
     return Dataset.from_list([{"prompt": p, "image": i} for p, i in zip(PROMPTS, images, strict=False)])
 
 
-def clips(directory, images=None, size=32) -> Dataset:
+def clips(directory, images=None, size=32, frames=9) -> Dataset:
     rows = []
     for i in range(3):
         path = Path(directory) / f"{i}.mp4"
-        write_video(path, render(captions()[i], seed=i)[:9, :, :: 64 // size, :: 64 // size], fps=8)
+        write_video(path, render(captions()[i], seed=i)[:frames, :, :: 64 // size, :: 64 // size], fps=8)
         rows.append({"video": str(path), "prompt": captions()[i]} | ({"image": images[i]} if images else {}))
     return Dataset.from_list(rows)
 
@@ -583,6 +585,70 @@ def test_the_pipeline_and_a_fresh_process_sample_the_trained_weights(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     for family, _, _, path in jobs:
         torch.testing.assert_close(torch.load(path), wanted[family], rtol=0, atol=1e-6)
+
+
+# those above are given frames; these are given channels, the last one on two experts
+FROM_CHANNELS = ["cogvideox_i2v", "hunyuan_i2v_concat", "wan21_i2v", "cogvideox15_i2v", "wan22_i2v"]
+
+
+def two_experts():
+    """Wan 2.2 A14B for images: a second denoiser of the same kind."""
+    pipe, call = tiny_pipelines.wan_i2v()
+    parts = {name: part for name, part in pipe.components.items() if name != "transformer_2"}
+    second = tiny_pipelines.tiny_wan_transformer((36, 16), seed=1)
+    return WanImageToVideoPipeline(**parts, transformer_2=second, boundary_ratio=0.9), call
+
+
+@pytest.mark.parametrize(
+    "make, family",
+    [
+        pytest.param(make, family, marks=() if i < 2 else pytest.mark.slow)
+        for make in (sft, grpo, distill)
+        for i, family in enumerate(FROM_CHANNELS)
+        if (make, family) != (distill, "wan22_i2v")  # refused: test_experts.py
+    ],
+)
+def test_a_fresh_pipeline_samples_what_was_trained_from_images(tmp_path, make, family, monkeypatch):
+    monkeypatch.setitem(tiny_pipelines.ALL, "wan22_i2v", two_experts)
+    fresh, call = tiny_pipelines.ALL[family]()
+    size = {name: call[name] for name in ("height", "width", "num_frames")}
+    rows, config = prompts(images_of(2)), {}
+    if make is sft:
+        rows, config = clips(tmp_path, images_of(3), size["height"], size["num_frames"]), dict(max_steps=4)
+    elif make is grpo:
+        config = dict(per_device_train_batch_size=4, num_generations=2)
+        config |= dict(transition="ddim", noise_level=1.0) if "cogvideox" in family else {}
+        config |= dict(num_inference_steps=6, sde_range=[0.0, 1.0], max_steps=3) if family == "wan22_i2v" else {}
+    trainer = make(tmp_path, family, rows, **config)
+    trainer.train()
+    trainer.save_model()
+
+    call |= {"true_cfg_scale" if "hunyuan" in family else "guidance_scale": 1.0}
+    call |= dict(image=condition_image(picture(3), size["height"], size["width"]), prompt="a red circle")
+    call |= dict(num_inference_steps=2, output_type="pt")
+
+    @torch.no_grad()
+    def video(pipe):
+        pipe.set_progress_bar_config(disable=True)
+        return pipe(**call, generator=torch.Generator().manual_seed(5)).frames[0]
+
+    if make is distill:
+        load_student(trainer.args.output_dir, fresh).unload_lora_weights()  # what is left is its scheduler
+        untrained, expected = video(fresh), trainer.generate_videos(["a red circle"], [5], [call["image"]])[0]
+        load_student(trainer.args.output_dir, fresh)
+    else:
+        untrained, expected = video(fresh), video(trainer.pipe)
+        if family == "wan22_i2v":
+            high, low = (f"pytorch_lora_weights_{level}_noise.safetensors" for level in ("high", "low"))
+            for name in (high, low):  # both were trained
+                weights = load_file(Path(trainer.args.output_dir, name))
+                assert max(w.abs().max() for n, w in weights.items() if "lora_B" in n) > 1e-3
+            fresh.load_lora_weights(trainer.args.output_dir, weight_name=high)
+            fresh.load_lora_weights(trainer.args.output_dir, weight_name=low, load_into_transformer_2=True)
+        else:
+            fresh.load_lora_weights(trainer.args.output_dir)
+    torch.testing.assert_close(video(fresh), expected, rtol=0, atol=1e-5)
+    assert (expected - untrained).abs().max() > 5e-5  # control: without the adapter
 
 
 # ---- Command line ----
