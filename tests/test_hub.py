@@ -344,6 +344,30 @@ def test_a_server_that_does_not(hub, run, status, message):  # noqa: F811
     assert not hub.repo("me/wan-sft").files()
 
 
+@pytest.mark.parametrize(
+    "status, message",
+    [(401, "hf auth login"), (403, "gated"), (404, "no such"), (429, "limits"), (503, "out of order")],
+)
+def test_a_server_that_gives_nothing(hub, tmp_path, status, message):  # noqa: F811
+    hub.put("me/wan-sft", {WEIGHTS: b"1"})
+    fault = hub.fail("GET", "/api/models/me/wan-sft", status, message=f"because of {ME}", times=99)
+    with pytest.raises(HubError, match=f"cannot pull me/wan-sft: .*{message}") as caught:
+        pull_from_hub("me/wan-sft", tmp_path / "pulled")
+    assert ME not in str(caught.value) and "because of ***" in str(caught.value)
+    assert (
+        fault.hits == (upload.ATTEMPTS if status in (429, 503) else 1) and not (tmp_path / "pulled" / WEIGHTS).exists()
+    )
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_server_that_gives_at_the_second_try(hub, tmp_path, status):  # noqa: F811
+    hub.put("me/wan-sft", {WEIGHTS: b"1"})
+    headers = {"Retry-After": "0"} if status == 429 else {}
+    faults = [hub.fail("GET", path, status, headers=headers) for path in ("/api/models/me/wan-sft", "/cdn/")]
+    assert (pull_from_hub("me/wan-sft", tmp_path / "pulled") / WEIGHTS).read_bytes() == b"1"
+    assert [fault.hits for fault in faults] == [1, 1]
+
+
 def test_no_server_at_all(hub, run):  # noqa: F811
     hub.shutdown(), hub.server_close()
     with pytest.raises(HubError, match="connection to http://127.0.0.1.* failed"):

@@ -190,6 +190,55 @@ def test_full_weights_and_two_experts(hub, clips, cache_dir, tmp_path):  # noqa:
         assert name in files and f'load_lora_weights("me/experts", weight_name="{name}"' in card
 
 
+BY_ID = """
+import json
+from safetensors.torch import save_file
+latents = {{}}
+
+def sample(name, pipe):
+    source = torch.Generator().manual_seed(0)
+    latents[name] = pipe("a red circle", generator=source, **{call!r}).frames
+
+def load(pipe):
+{experts}
+
+pipe = WanPipeline.from_pretrained("lab/tiny-wan22")
+sample("base", pipe)
+load(pipe)
+sample("experts", pipe)
+{full}
+sample("full", pipe.to(torch.float32))
+save_file(latents, "latents.safetensors")
+"""
+
+
+def test_two_experts_and_full_weights_are_loaded_by_id(hub, clips, cache_dir, tmp_path, tiny_wan):  # noqa: F811
+    """By stock diffusers in a fresh process, with the lines of their cards."""
+    hub.put("lab/tiny-wan", tiny_wan)
+    wan22()[0].save_pretrained(tmp_path / "wan22")
+    files = {str(p.relative_to(tmp_path / "wan22")): p for p in (tmp_path / "wan22").rglob("*") if p.is_file()}
+    hub.put("lab/tiny-wan22", {name: path.read_bytes() for name, path in files.items()})
+    call = dict(sft_setup.SIZE, num_inference_steps=2, guidance_scale=1.0, output_type="latent")
+    expected, cards = {}, {}
+    for name, base, lora in (("experts", "lab/tiny-wan22", True), ("full", "lab/tiny-wan", False)):
+        config = dict(hub_strategy="end", max_steps=4, save_strategy="no", learning_rate=1e-2)
+        trainer = pushing(tmp_path / name, clips, cache_dir, pipe=base, lora=lora, hub_model_id=f"me/{name}", **config)
+        trainer.train(), trainer.push_to_hub()
+        expected[name] = trainer.pipe("a red circle", generator=torch.Generator().manual_seed(0), **call).frames
+        cards[name] = hub.repo(f"me/{name}").files()["README.md"].decode()
+        assert f"lab/tiny-wan{'22' if lora else ''}" in cards[name] and not card_problems(cards[name])
+    shutil.rmtree(tmp_path / "experts"), shutil.rmtree(tmp_path / "full")
+    lines = [line for line in snippet(cards["experts"]).splitlines() if "load_lora" in line]
+    assert len(lines) == 2
+    full = snippet(cards["full"]).replace("torch.bfloat16", "torch.float32")
+    code = snippet(cards["experts"]) + BY_ID.format(call=call, experts="\n".join(f"    {x}" for x in lines), full=full)
+    run_fresh(hub, code, tmp_path)
+    latents = load_file(tmp_path / "latents.safetensors")
+    for name, live in expected.items():
+        torch.testing.assert_close(latents[name], live, rtol=1e-4, atol=1e-4)
+        assert (latents["base"] - live).abs().max() > 1e-3
+
+
 # ---- Cards ----
 
 

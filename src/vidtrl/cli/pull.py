@@ -1,6 +1,6 @@
 """`vidtrl pull`: download a model or a dataset from the Hub into a folder.
 
-Interrupted downloads go on where they were: files that are complete are not downloaded again.
+A connection that drops is taken up where it broke. Files that are complete are not downloaded again.
 """
 
 import argparse

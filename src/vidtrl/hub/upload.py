@@ -259,8 +259,8 @@ def explain(error: BaseException) -> str:
         400: "the Hub does not accept this.",
         401: "the token is missing or not valid, or there is no such repository (of private ones the Hub says the same): "
         "log in with `hf auth login`, or set HF_TOKEN.",
-        403: "the token may not do this: use one with write access to this namespace (`hf auth login`), or another "
-        "repository.",
+        403: "the token may not do this: log in with another one (`hf auth login`). A push needs write access to the "
+        "namespace; a gated repository asks for its terms to be accepted on its page.",
         404: "there is no such repository, file or revision, or it is private and the token may not read it.",
         409: "the repository is being changed by somebody else.",
         413: "it is too large for the Hub.",
