@@ -1,7 +1,11 @@
 """Settings reach diffusers, what excludes each other is refused, and the benchmark's numbers are what they say."""
 
 import math
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -187,6 +191,43 @@ def test_causal_pipelines_compile_each_block_once():
     assert 0 < compiled == len(graphs)  # although there are more keys to attend to
     assert torch.allclose(torch.cat(blocks, 2), plain, atol=1e-5)
     torch.compiler.reset()
+
+
+HALVES = """
+import sys, torch, tiny_pipelines
+from diffusers import ContextParallelConfig
+from vidtrl import InferenceOptimization
+
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+pipe, _ = tiny_pipelines.wan()
+call = tiny_pipelines.WAN_LIKE | dict(height=32, width=32, num_frames=13, output_type="latent", num_inference_steps=3)
+run = lambda: pipe("a red circle", generator=torch.Generator().manual_seed(0), **call).frames
+whole, tokens = run(), []
+fast = InferenceOptimization(context_parallel=ContextParallelConfig(ulysses_degree=2))
+try:
+    fast.apply(pipe)
+except ValueError as error:
+    assert "there is none here" in str(error)
+torch.accelerator.device_count = lambda: 2  # diffusers divides by it, and has no other need of an accelerator
+fast.apply(pipe)
+pipe.transformer.blocks[1].register_forward_pre_hook(lambda module, args: tokens.append(args[0].shape[1]))
+assert torch.allclose(run(), whole, atol=1e-5) and set(tokens) == {8}, tokens  # of 4 frames of 2 x 2
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_sequence(tmp_path):
+    (tmp_path / "halves.py").write_text(HALVES)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "halves.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_what_does_not_go_with_a_kv_cache():

@@ -197,6 +197,10 @@ class InferenceOptimization:
                 "context_parallel splits the sequence over processes: start the script with torchrun and call "
                 "torch.distributed.init_process_group() first."
             )
+        if self.context_parallel is not None and not torch.accelerator.device_count():
+            raise ValueError(
+                "context_parallel gives each process an accelerator, and there is none here; leave it out."
+            )
 
     def _cache_of(self, pipe: DiffusionPipeline) -> Any:
         if getattr(self.cache, "current_timestep_callback", self) is None:
