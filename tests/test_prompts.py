@@ -14,6 +14,7 @@ from prompt_setup import SHORT, byte_lm, byte_tokenizer, silent_lm
 from tiny_pipelines import wan, wan_i2v
 
 from vidtrl.hub import HubError
+from vidtrl.inference import CausalVideoPipeline
 from vidtrl.prompts import (
     PromptEnhancer,
     PromptFallbackWarning,
@@ -209,6 +210,13 @@ def test_a_prompt_that_does_not_fit_is_used_as_it_is():
     assert enhancer._fits("cat " * 80) and not enhancer._fits(long)
 
 
+def test_prompts_go_where_the_model_is():
+    enhancer = PromptEnhancer(byte_lm(byte_tokenizer()), byte_tokenizer(), template=SHORT)
+    assert enhancer._encode(["a cat"])["input_ids"].device.type == "cpu"
+    assert enhancer.to("meta") is enhancer and enhancer._encode(["a cat"])["input_ids"].is_meta
+    assert PromptEnhancer(None).to("meta")("a cat")  # there is nothing to move
+
+
 def test_garbage_falls_back_after_every_retry(monkeypatch):
     enhancer = enhancer_of(temperature=1.0, num_retries=2, language="English")
     calls = []
@@ -356,6 +364,34 @@ def test_wrap_enhances_before_encoding_and_can_be_switched_off():
     embeds, _ = pipe.encode_prompt("a cat", do_classifier_free_guidance=False, max_sequence_length=16)
     assert torch.equal(frames(wrapped, None, prompt_embeds=embeds), frames(pipe, None, prompt_embeds=embeds))
     assert wrapped.vae is pipe.vae and wrapped.to("cpu") is wrapped
+
+
+def test_wrap_enhances_what_is_streamed_and_switched_to():
+    pipe = CausalVideoPipeline(wan()[0], denoising_steps=[1000, 500], shift=5.0, frames_per_block=1)
+    enhancer = Fixed(None, template=PromptTemplate(system="", static="red square {prompt} down"))
+    wrapped = enhancer.wrap(pipe)
+    call = dict(height=16, width=16, max_sequence_length=16, output_type="latent")
+
+    def blocks(stream, switched_to, **options):
+        first = next(stream)
+        stream.switch(switched_to, **options)
+        return torch.cat([first, next(stream)], 2)
+
+    def seed():
+        return torch.Generator().manual_seed(0)
+
+    expected = blocks(pipe.stream("red square a cat down", generator=seed(), **call), "red square a dog down")
+    streamed = wrapped.stream("a cat", generator=seed(), **call)
+    assert torch.allclose(blocks(streamed, "a dog"), expected, atol=1e-5)
+    assert [e.prompt for e in wrapped.enhancements] == ["a cat", "a dog"] and streamed.block == 2
+    scheduled = wrapped({0: "a cat", 1: "a dog"}, num_blocks=2, generator=seed(), **call)
+    assert torch.allclose(scheduled, expected, atol=1e-5) and len(wrapped.enhancements) == 2
+    plain = blocks(
+        wrapped.stream("a cat", generator=seed(), enhance_prompt=False, **call), "a dog", enhance_prompt=False
+    )
+    assert (plain - expected).abs().max() > 1e-3 and wrapped.enhancements == []
+    with pytest.raises(AttributeError, match="stream"):
+        enhancer.wrap(wan()[0]).stream("a cat")
 
 
 # ---- Rewards ----

@@ -142,6 +142,12 @@ class PromptEnhancer:
                 tokenizer.pad_token = tokenizer.eos_token
             tokenizer.padding_side = "left"
 
+    def to(self, device: torch.device | str) -> "PromptEnhancer":
+        """Move the language model to a device, in place: one that was loaded here is on the CPU."""
+        if self.model is not None:
+            self.model.to(device)
+        return self
+
     @property
     def is_chat(self) -> bool:
         """Whether the model is spoken to in a conversation."""
