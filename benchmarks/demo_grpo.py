@@ -30,6 +30,7 @@ SEPARATE = {
     "scale_rewards": "group",
 }
 GENTLE = {"learning_rate": 7e-4, "beta": 1e-4, "num_train_sigmas": 3}
+ONE_STEP = {"learning_rate": 1e-3, "beta": 0.0, "shared_noise": True}
 VARIANTS = {  # name -> what differs from the demo
     "demo": {},
     "separate rewards": {**SEPARATE, **GENTLE},
@@ -43,6 +44,9 @@ VARIANTS = {  # name -> what differs from the demo
     "learning rate 7e-4, groups of 16": {**GENTLE, "num_generations": 16},
     "learning rate 3e-4": {**GENTLE, "learning_rate": 3e-4},
     "learning rate 1.5e-3": {**GENTLE, "learning_rate": 1.5e-3},
+    # other recipes, with what benchmarks/toy_rl.py gives them
+    "flash-grpo, shared noise": {**ONE_STEP, "recipe": "flash-grpo"},
+    "mix-grpo": {**ONE_STEP, "recipe": "mix-grpo", "sde_range": [0.0, 0.9]},
 }
 SHOWN = ("all", "color", "shape", "present", "flicker", "smoothness")
 FIRST_SEED = 4_000_000  # of the held-out clips

@@ -4,12 +4,13 @@ seeds, from the same start.
     pip install -e '.[benchmarks]'                            # for the picture
     python benchmarks/toy_rl.py                               # all, 4 to 5 minutes a run on one CPU core
     python benchmarks/toy_rl.py --recipes flash-grpo --seeds 0 1 --evaluations 20000
+    python benchmarks/toy_rl.py --sweep                       # what flash-grpo needs: learning rate, group size, batch
     python benchmarks/toy_rl.py --plot                        # only the table and the picture, from runs.jsonl
 
 Every run trains a LoRA on the shipped toy pipeline: 8 prompts x 8 videos a generation, 10 steps without guidance, reward =
 prompt accuracy (mean of colour, shape and direction, soft) + half the smoothness, from pixels. One evaluation is one sample through the denoiser; a training sample counts 3
 (forward = 1, backward = 2). Held out: 72 captions from fixed seeds, 10 Euler steps, never the seeds of training.
-Results go to docs/toy_rl.json and docs/toy_rl.png; finished runs are kept in `--output` and not repeated.
+Results go to docs/toy_rl.json and docs/toy_rl.png (of the sweep: toy_rl_sweep); finished runs are kept in `--output` and not repeated.
 """
 
 import argparse
@@ -44,6 +45,18 @@ RECIPES = {
         "recipe": "flash-grpo", "learning_rate": 1e-3, "num_latents": 4, "baseline": "latent", "antithetic": True,
     },
 }  # fmt: skip
+# one setting of the paper's recipe at a time, against the first: 8 prompts x 8 videos, learning rate 1e-3
+SWEEP = {"flash-grpo": RECIPES["flash-grpo"]} | {
+    f"flash-grpo, {name}": {"recipe": "flash-grpo", "learning_rate": 1e-3, **changes}
+    for name, changes in {
+        "learning rate 3e-4": {"learning_rate": 3e-4},
+        "learning rate 3e-3": {"learning_rate": 3e-3},
+        "groups of 4": {"num_generations": 4},
+        "groups of 16": {"num_generations": 16},
+        "32 videos": {"gradient_accumulation_steps": 2},
+        "128 videos": {"gradient_accumulation_steps": 8},
+    }.items()
+}
 REWARDS = {"toy-color": 1 / 3, "toy-shape": 1 / 3, "toy-direction": 1 / 3, "toy-smoothness": 0.5}
 
 
@@ -81,16 +94,17 @@ class Watch(TrainerCallback):
 
 def run(name: str, seed: int, budget: int, points: int, output: Path, gpu: bool = False) -> dict:
     """One training run; returns its curve."""
-    options = {"recipe": name, **RECIPES[name]}
+    options = {"recipe": name, **(RECIPES | SWEEP)[name]}
     watch, start = Watch(budget, points), time.perf_counter()
-    args = VideoGRPOConfig(
+    settings = dict(
         output_dir=str(output / f"{name}-{seed}"), seed=seed, height=64, width=64, num_frames=17, max_sequence_length=16,
         num_generations=8, per_device_train_batch_size=16, gradient_accumulation_steps=4, max_steps=10_000,
         lr_scheduler_type="constant", num_inference_steps=10, guidance_scale=1.0, rollout_batch_size=32, vae_batch_size=8,
         gradient_checkpointing=False, check_model=False, ema_decay=0, logging_steps=1,
         reward_weights=list(REWARDS.values()), multi_objective_aggregation="sum_then_normalize",
-        save_strategy="no", report_to="none", use_cpu=not gpu, disable_tqdm=True, **options,
+        save_strategy="no", report_to="none", use_cpu=not gpu, disable_tqdm=True,
     )  # fmt: skip
+    args = VideoGRPOConfig(**(settings | options))
     # the VAE in bfloat16 decodes almost twice as fast
     pipe = WanPipeline.from_pretrained(pipeline_path(), dtype={"vae": torch.bfloat16, "default": torch.float32})
     trainer = VideoGRPOTrainer(
@@ -170,7 +184,8 @@ def plot(runs: list[dict], path: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--recipes", nargs="+", help="some of them alone")
+    parser.add_argument("--sweep", action="store_true", help="settings of flash-grpo in place of the recipes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--evaluations", type=int, default=30_000, help="budget of a run")
     parser.add_argument("--points", type=int, default=4, help="held-out measurements of a run, after the first")
@@ -180,6 +195,10 @@ if __name__ == "__main__":
     parser.add_argument("--gpu", action="store_true", help="train on the GPU; the noise is the CPU's all the same")
     parser.add_argument("--plot", action="store_true", help="run nothing")
     args = parser.parse_args()
+    table, stem = (SWEEP, "toy_rl_sweep") if args.sweep else (RECIPES, "toy_rl")
+    args.recipes = args.recipes or list(table)
+    if unknown := set(args.recipes) - set(table):
+        parser.error(f"no {', '.join(unknown)}; there are {', '.join(table)}")
     torch.set_num_threads(args.threads)
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "runs.jsonl"
@@ -190,7 +209,7 @@ if __name__ == "__main__":
                 "recipe": name,
                 "seed": seed,
                 "budget": args.evaluations,
-                "options": {"recipe": name, **RECIPES[name]},
+                "options": {"recipe": name, **table[name]},
             }
             if args.plot or any(key.items() <= r.items() for r in known):
                 continue
@@ -200,10 +219,10 @@ if __name__ == "__main__":
             first, last = known[-1]["curve"][0], known[-1]["curve"][-1]
             print(f"{name} seed {seed}: {known[-1]['seconds']} s, {last['step']} updates, reward {first['reward']:.3f} -> {last['reward']:.3f}, all {first['all']:.3f} -> {last['all']:.3f}", flush=True)  # fmt: skip
     chosen = [r for r in known if r["recipe"] in args.recipes and r["budget"] == args.evaluations]
-    table = summary(chosen)
-    (args.docs / "toy_rl.json").write_text(json.dumps(table, indent=2) + "\n")
-    plot(chosen, args.docs / "toy_rl.png")
-    for name, row in table.items():
+    results = summary(chosen)
+    (args.docs / f"{stem}.json").write_text(json.dumps(results, indent=2) + "\n")
+    plot(chosen, args.docs / f"{stem}.png")
+    for name, row in results.items():
         cells = []
         for metric in ("reward", "all", "smoothness", "reward beyond flash-grpo"):
             if metric in row:
