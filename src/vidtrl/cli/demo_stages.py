@@ -106,7 +106,7 @@ def load_fused(base: str, *adapters: Path):
     """
     The base with adapters merged into its weights, in memory: what the next stage trains its own adapter on.
 
-    `base_adapters` would stack them instead; on a model this small each costs about as much time as the model itself.
+    `base_adapters` would stack them instead; on a model this small every adapter below adds a good part of the model's own time.
 
     Args:
         base (`str`): Folder of the base pipeline.
