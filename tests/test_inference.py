@@ -16,6 +16,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from vidtrl import toy
+from vidtrl.cli.main import main
 from vidtrl.diffusion.distribution_matching import few_step_sigmas
 from vidtrl.inference import (
     FewStepFlowScheduler,
@@ -25,6 +26,7 @@ from vidtrl.inference import (
     read_distill_config,
     write_distill_config,
 )
+from vidtrl.inference.optimization import fuse_adapters
 from vidtrl.models import VideoModel
 from vidtrl.models.causal import CausalAttention
 from vidtrl.rollout import sample
@@ -350,6 +352,19 @@ def students(tmp_path_factory, base):
     )
     for name in ("renoise", "ode", "causal"):
         write_adapter(root / name, 2)
+    # the same causal student with all weights of its own, and one on SkyReels-V2
+    write_distill_config(
+        root / "whole", base_model=base, denoising_steps=STEPS, shift=1.0, sampler="ode", frames_per_block=2
+    )
+    pipe = load_student(root / "causal")
+    fuse_adapters(pipe)
+    pipe.transformer.save_pretrained(root / "whole" / "transformer")
+    tiny_pipelines.skyreels()[0].save_pretrained(root / "skyreels_base")
+    skyreels = dict(
+        common, base_model=str(root / "skyreels_base"), base_adapters=[], sampler="ode", frames_per_block=2
+    )
+    write_distill_config(root / "skyreels", **skyreels, denoising_steps=STEPS, shift=1.0)
+    write_adapter(root / "skyreels", 2, tiny_pipelines.skyreels)
     return root
 
 
@@ -386,6 +401,9 @@ latents["renoise"] = sample(pipe, num_frames=9)
 
 pipe = SkyReelsV2DiffusionForcingPipeline.from_pretrained(f"{root}/causal", trust_remote_code=True)
 latents["causal"] = sample(pipe, num_frames=13, ar_step=4)
+for name in ("whole", "skyreels"):
+    other = SkyReelsV2DiffusionForcingPipeline.from_pretrained(f"{root}/{name}", trust_remote_code=True)
+    latents[name] = sample(other, num_frames=13, ar_step=4)
 latents["causal_one_block"] = sample(pipe, num_frames=5, ar_step=4)
 assert pipe.transformer.config.num_frame_per_block == 2
 assert "vidtrl" not in sys.modules
@@ -401,9 +419,12 @@ save_file(latents, out)
 def reloaded(tmp_path_factory, students, base):
     """Latents of every exported form, sampled by a process that has plain diffusers."""
     root, out = tmp_path_factory.mktemp("exports"), tmp_path_factory.mktemp("latents") / "latents.safetensors"
-    export_student(students / "renoise", root / "renoise")
+    assert main(["export", str(students / "renoise"), str(root / "renoise"), "--format", "lora"]) == 0
     export_student(students / "ode", root / "ode", format="lora")
     export_student(students / "causal", root / "causal", format="skyreels-v2")
+    export_student(students / "skyreels", root / "skyreels", format="skyreels-v2")
+    argv = ["export", str(students / "whole"), str(root / "whole"), "--format", "skyreels-v2", "--dtype", "float32"]
+    assert main(argv) == 0
     done = subprocess.run(
         [sys.executable, "-c", RELOAD, base, str(root), str(out)], capture_output=True, text=True, env=ENV
     )
@@ -428,19 +449,35 @@ def test_an_exported_directory_is_a_student_again(reloaded, students):
     assert torch.allclose(latents["load_student"], latents["renoise"], atol=1e-5)
 
 
-def test_causal_export_samples_as_the_cached_rollout(students, reloaded):
-    _, latents = reloaded
-    model = VideoModel(load_student(students / "causal"))
+def cached_rollout(student, **options):
+    model = VideoModel(load_student(student))
     causal = CausalAttention(model)
     condition = model.condition("a red circle moving right", **(tiny_pipelines.WAN_LIKE | {"num_frames": 13}))
-    noise = torch.randn(1, *condition.latent_shape, generator=seeded(0))
-    sigmas = few_step_sigmas(STEPS, 1.0).tolist()
-    blocks = list(causal_rollout(model, causal, condition, noise, sigmas, frames_per_block=2, sampler="ode"))
-    assert torch.allclose(latents["causal"], torch.cat(blocks, 2), atol=1e-5)
-    forgetful = causal_rollout(model, causal, condition, noise, sigmas, frames_per_block=2, sampler="ode", window=2)
-    assert (latents["causal"] - torch.cat(list(forgetful), 2)).abs().max() > 1e-3
+    sigmas, seed = few_step_sigmas(STEPS, 1.0).tolist(), seeded(0)
+    noise = torch.randn(1, *condition.latent_shape, generator=seed)
+    blocks = list(causal_rollout(model, causal, condition, noise, sigmas, frames_per_block=2, **options))
+    return torch.cat(blocks, 2), model
+
+
+def test_causal_export_samples_as_the_cached_rollout(students, reloaded):
+    _, latents = reloaded
+    here, model = cached_rollout(students / "causal", sampler="ode")
+    assert torch.allclose(latents["causal"], here, atol=1e-5)
+    forgetful, _ = cached_rollout(students / "causal", sampler="ode", window=2)
+    assert (latents["causal"] - forgetful).abs().max() > 1e-3
     first = run(model.pipe, **(TINY | {"num_frames": 5}))  # one block is the bidirectional network on that block
     assert torch.allclose(latents["causal_one_block"], first, atol=1e-5)
+
+
+def test_causal_exports_of_whole_weights_and_of_skyreels(students, reloaded, tmp_path):
+    _, latents = reloaded
+    assert torch.allclose(latents["whole"], latents["causal"], atol=1e-5)  # the same student, fused
+    assert (latents["skyreels"] - latents["causal"]).abs().max() > 1e-2
+    assert torch.allclose(latents["skyreels"], cached_rollout(students / "skyreels", sampler="ode")[0], atol=1e-5)
+    with pytest.raises(ValueError, match="stock diffusers loads already"):
+        write_distill_config(tmp_path, base_model="me/base", **RENOISE)
+        (tmp_path / "transformer").mkdir()
+        export_student(tmp_path, base_model=tiny_pipelines.wan()[0])
 
 
 def test_a_pipeline_with_source_beside_it_is_loaded_only_on_request(reloaded):

@@ -76,11 +76,7 @@ def load_student(
     directory = student_directory(directory)
     config = read_distill_config(directory)
     pipe = _load_base(config, directory, base_model, torch_dtype, load_kwargs)
-    if (directory / "transformer").is_dir():  # all weights were trained
-        kind, dtype = type(pipe.transformer), pipe.transformer.dtype
-        pipe.register_modules(transformer=kind.from_pretrained(directory, subfolder="transformer", dtype=dtype))
-    else:
-        _load_student_adapters(pipe, config, directory)
+    _load_student_weights(pipe, config, directory)
     family = find_family(type(pipe).__name__)
     pipe.scheduler = student_scheduler(config, family, pipe.scheduler)
     if family.vae_tiling:  # its VAE decodes no other way
@@ -116,7 +112,7 @@ def export_student(
     pipe.scheduler = FewStepFlowScheduler.from_pretrained("student", subfolder="scheduler")
     ```
 
-    `"skyreels-v2"` holds a whole pipeline with all adapters merged. `trust_remote_code` is for the scheduler's source:
+    `"skyreels-v2"` holds a whole pipeline with all adapters merged (or the student's own weights, where all were trained). `trust_remote_code` is for the scheduler's source:
 
     ```python
     pipe = SkyReelsV2DiffusionForcingPipeline.from_pretrained("student-df", trust_remote_code=True)
@@ -155,6 +151,11 @@ def export_student(
                 "format='lora' cannot hold a causal student: the stock pipeline lets every frame attend to all others. "
                 + ("Use format='skyreels-v2', or sample" if other is None else "Sample")
                 + " with vidtrl's CausalVideoPipeline, which reads the student's directory as it is."
+            )
+        if (directory / "transformer").is_dir():
+            raise ValueError(
+                "format='lora' holds an adapter, and all weights of this student were trained. Its directory is what stock "
+                "diffusers loads already: transformer/ with the class's from_pretrained, and scheduler/."
             )
         stock = _base_scheduler(config, directory, base_model, index) if family.prediction != "flow" else None
         scheduler = student_scheduler(config, family, stock)
@@ -308,7 +309,7 @@ def _why_not_skyreels(config: StudentConfig, family: Family) -> str | None:
 
 
 def _export_skyreels(directory: Path, config: StudentConfig, output: Path, pipe: DiffusionPipeline) -> Path:
-    _load_student_adapters(pipe, config, directory)
+    _load_student_weights(pipe, config, directory)
     fuse_adapters(pipe)
     base = pipe.transformer
     known = inspect.signature(SkyReelsV2Transformer3DModel.__init__).parameters
@@ -389,7 +390,11 @@ def _base_scheduler(
     return kind.from_pretrained(_resolve(base_model or config.base_model, directory), subfolder="scheduler")
 
 
-def _load_student_adapters(pipe: DiffusionPipeline, config: StudentConfig, directory: Path) -> None:
+def _load_student_weights(pipe: DiffusionPipeline, config: StudentConfig, directory: Path) -> None:
+    if (directory / "transformer").is_dir():  # all weights were trained
+        kind, dtype = type(pipe.transformer), pipe.transformer.dtype
+        pipe.register_modules(transformer=kind.from_pretrained(directory, subfolder="transformer", dtype=dtype))
+        return
     _adapter_file(directory)
     sources = {f"base_{i}": _resolve(base, directory) for i, base in enumerate(config.base_adapters)}
     load_adapters(pipe, sources | {"student": directory})
