@@ -30,3 +30,15 @@ def attention_default():
 def cache_dir(tmp_path_factory):
     """One cache of latents for all trainer tests."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def zero(clips, cache_dir, tmp_path_factory):
+    """`zero_setup.train` of cases into a folder of a name."""
+    from zero_setup import train
+
+    root = tmp_path_factory.mktemp("zero")
+    clips.save_to_disk(root / "clips")
+    return lambda name, cases, accelerate_config=None: train(
+        root / name, root / "clips", cache_dir, cases, accelerate_config
+    )

@@ -31,11 +31,6 @@ class KillSecondRank(TrainerCallback):
 
 def main(job):
     torch.set_num_threads(1)
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        import deepspeed
-
-        # it would compile this at the start of a run on a CPU, for minutes
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     out, config = job["out"], job["config"]
     if job["trainer"] == "sft":
         trainer = sft_setup.make_trainer(out, load_from_disk(job["clips"]), job["cache"], **config)
@@ -43,10 +38,6 @@ def main(job):
         trainer = grpo_setup.make_trainer(out, **config)
     else:
         trainer = distill_setup.make_trainer(out, job["cache"], **config)
-    if trainer.is_deepspeed_enabled:
-        # ZeRO-3 does not shard weights below a size that no weight of a tiny model reaches
-        shards = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        shards["stage3_param_persistence_threshold"] = 0
     if job.get("kill"):
         trainer.add_callback(KillSecondRank(job["kill"], Path(f"{out}.killed")))
     trainer.train(resume_from_checkpoint=job.get("resume"))

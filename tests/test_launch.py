@@ -71,38 +71,3 @@ def test_when_a_rank_dies_the_others_end_and_the_run_goes_on_bit_for_bit(launch,
     assert code == 0, log[-3000:]
     resumed, whole = (json.loads(Path(f"{path}.json").read_text()) for path in (out, whole))
     assert resumed == whole and whole["num_processes"] == 2 and len(set(whole["losses"])) > 1
-
-
-# one micro-step of two micro-batches, two micro-steps an update
-GRPO = SAVED | dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, beta=0.05)
-ZERO = [("sft", 2), ("sft", 3), ("grpo", 2), ("grpo", 3)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "stage"), ZERO)
-def test_zero_in_two_processes_equals_one_and_resumes(launch, name, stage, tmp_path):
-    pytest.importorskip("deepspeed")
-    config = {"sft": SAVED, "grpo": GRPO}[name]
-    alone = config | dict(per_device_train_batch_size=2 * config["per_device_train_batch_size"])
-    accelerate_config = f"zero{stage}"
-    results = []
-    gloo = dict(use_cpu=False, ddp_backend="gloo")
-    for number, (kind, run, changes) in enumerate(
-        [
-            (None, {}, alone),
-            (accelerate_config, {}, config | gloo),
-            (accelerate_config, {"resume": "whole"}, config | gloo),
-        ]
-    ):
-        out = tmp_path / str(number)
-        if run:
-            run = {"resume": str(tmp_path / "1" / "checkpoint-2")}
-        code, log, _ = launch(name, kind, out=str(out), config=changes, **run)
-        assert code == 0, log[-3000:]
-        results.append(json.loads(Path(f"{out}.json").read_text()))
-    one, whole, resumed = results
-    assert (one["num_processes"], whole["num_processes"]) == (1, 2)
-    assert whole["held"] == (1.0 if stage == 2 else pytest.approx(0.5, abs=0.02))
-    assert whole["losses"] == pytest.approx(one["losses"], rel=1e-4, abs=1e-5)
-    assert whole["norm"] == pytest.approx(one["norm"], rel=1e-5)
-    assert resumed == whole

@@ -42,6 +42,22 @@ class Role:
 class HasSnapshot(Protocol):
     """State that a forward pass depends on and that a recomputation must find again."""
 
+    @contextlib.contextmanager
+    def training(self, *names: str) -> Iterator[None]:
+        """
+        Weights require gradients inside if they are trained ones of certain roles. No forward may run inside.
+
+        Args:
+            *names (`str`): The roles; none means all.
+        """
+        for name, role in self._roles.items():
+            for parameter in role.parameters.values():
+                parameter.requires_grad_(not names or name in names)
+        try:
+            yield
+        finally:
+            self._switch(*self._current)
+
     def snapshot(self) -> Callable[[], contextlib.AbstractContextManager]: ...
 
 
@@ -157,6 +173,22 @@ class Roles:
             for owner, attribute in other.owners:
                 getattr(owner, attribute).requires_grad_(trained)
         self._current = name, frozen
+
+    @contextlib.contextmanager
+    def training(self, *names: str) -> Iterator[None]:
+        """
+        Weights require gradients inside if they are trained ones of certain roles. No forward may run inside.
+
+        Args:
+            *names (`str`): The roles; none means all.
+        """
+        for name, role in self._roles.items():
+            for parameter in role.parameters.values():
+                parameter.requires_grad_(not names or name in names)
+        try:
+            yield
+        finally:
+            self._switch(*self._current)
 
     def snapshot(self) -> Callable[[], contextlib.AbstractContextManager]:
         """The active role, as a context that makes it active again."""

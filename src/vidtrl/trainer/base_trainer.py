@@ -5,6 +5,7 @@ that overrides [`VideoTrainer.prepare_datasets`] and `compute_loss`.
 """
 
 import contextlib
+import math
 import os
 import shutil
 import time
@@ -154,7 +155,7 @@ class VideoTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_sharded:
             check_sharded(args, len(each), "FSDP" if self.is_fsdp_enabled else "DeepSpeed")
         self.num_skipped_batches = 0
         self._skipped_since_log = 0.0  # in optimizer steps
@@ -167,6 +168,11 @@ class VideoTrainer(Trainer):
 
     # ---- Sharded weights ----
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights, gradients or optimizer states are sharded: by FSDP or by DeepSpeed."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         if self.args.use_cpu:
@@ -176,17 +182,26 @@ class VideoTrainer(Trainer):
             prepare_fsdp(self.accelerator, self.video_model.denoisers[self.denoiser_name])
 
     def _prepare_for_training(self, *args, **kwargs):
-        prepared = super()._prepare_for_training(*args, **kwargs)
+        with self._as_prepared():
+            prepared = super()._prepare_for_training(*args, **kwargs)
         self._find_shards()
-        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and self._equal_calls is None:
+        if self.is_sharded and self._equal_calls is None:
             self._equal_calls = EqualCalls(self.model, self.accelerator)
         return prepared
+
+    def _as_prepared(self) -> contextlib.AbstractContextManager:
+        # DeepSpeed takes what requires gradients now for what is trained, and for what a checkpoint holds
+        return self.policies.training() if self.is_deepspeed_enabled else contextlib.nullcontext()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._as_prepared():
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _find_shards(self) -> None:
         # FSDP puts shards in the place of the weights; roles and averages would go on with those that are gone
         self.policies.refresh()
         for average in [*self.roles.values(), *([] if self.average is None else [self.average])]:
-            average.refresh()
+            average.refresh(self.deepspeed)
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """
@@ -274,15 +289,14 @@ class VideoTrainer(Trainer):
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.no_grad(), self.averaged_weights(), torch.random.fork_rng(devices):
             self.model.eval()
-            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            if sharded:
+            if self.is_sharded:
                 # the sharded root must be called itself; it forwards `.config`, `.dtype` and `.cache_context`
                 setattr(pipe, self.denoiser_name, self.model)
             try:
                 with self.equal_calls():
                     yield pipe
             finally:
-                if sharded:
+                if self.is_sharded:
                     setattr(pipe, self.denoiser_name, denoiser)
                 self.model.train(training)
                 if offloaded:
@@ -435,7 +449,8 @@ class VideoTrainer(Trainer):
         else:
             # the norm of weights without gradients would be a number on the CPU
             groups = [group for group in groups if any(p.grad is not None for p in group)]
-            norms = [nn.utils.clip_grad_norm_(group, self.args.max_grad_norm) for group in groups]
+            most = self.args.max_grad_norm or math.inf
+            norms = [nn.utils.clip_grad_norm_(group, most) for group in groups]
             norm = torch.stack([whole(norm) for norm in norms]).norm()
         if self.args.fp16 or norm is None or torch.isfinite(torch.as_tensor(norm)):
             return norm  # float16 overflows now and then: its gradient scaler skips such steps
@@ -446,6 +461,12 @@ class VideoTrainer(Trainer):
         self.num_skipped_batches += self.is_world_process_zero()  # the same step on every process
         self.optimizer.zero_grad()
         return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm=None):
+        # The Trainer's own knows one set of weights; of DeepSpeed it would be that of the step before
+        if grad_norm is None and self.clip_groups() is not None:
+            grad_norm = self._clip_grad_norm(model)
+        return super()._get_grad_norm(model, grad_norm)
 
     def clip_groups(self) -> list[list[nn.Parameter]] | None:
         """Sets of weights whose gradient norms are clipped each for itself; `None` for all weights of the model together."""
@@ -505,7 +526,9 @@ class VideoTrainer(Trainer):
             if self.args.push_to_hub and not _internal_call:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         else:
-            super().save_model(output_dir, _internal_call)
+            # DeepSpeed's weights are gathered before `_save`
+            with self.averaged_weights() if self.is_deepspeed_enabled else contextlib.nullcontext():
+                super().save_model(output_dir, _internal_call)
         here = output_dir is None or os.path.abspath(output_dir) == os.path.abspath(self.args.output_dir)
         if here and not _internal_call and self.state.global_step > 0:
             self.create_model_card()
@@ -539,7 +562,7 @@ class VideoTrainer(Trainer):
     def role_weights(self) -> dict[str, Tensor]:
         """Weights of further policies, by name: saved with every checkpoint and filled in place when a run resumes."""
         averages = dict(self.roles)
-        if self.is_fsdp_enabled and self.average is not None:
+        if self.is_sharded and self.average is not None:
             averages["average"] = self.average  # without shards it is read from the model's own files
         return {f"{role}.{name}": t for role, weights in averages.items() for name, t in weights.average.items()}
 
@@ -558,19 +581,29 @@ class VideoTrainer(Trainer):
             load_whole_weights(self.model, resume_from_checkpoint)
         else:
             self._load_weights(resume_from_checkpoint)
+        self._load_the_rest(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_deepspeed_enabled:
+            # the Trainer lets DeepSpeed load weights and optimizer, and does not call `_load_from_checkpoint`
+            self._find_shards()
+            self._load_the_rest(checkpoint)
+
+    def _load_the_rest(self, checkpoint: str | os.PathLike) -> None:
         if self.average is not None:
-            load_average(self.average, resume_from_checkpoint)
-        load_roles(self.role_weights(), resume_from_checkpoint)
-        self.load_rank_state(Path(resume_from_checkpoint))
+            load_average(self.average, checkpoint)
+        load_roles(self.role_weights(), checkpoint)
+        self.load_rank_state(Path(checkpoint))
 
     def _load_best_model(self) -> None:
         # The Trainer's own would not find the files, log that, and silently keep the last weights
         best = self.state.best_model_checkpoint
-        if self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled and self.average is None:
             super()._load_best_model()
         elif self.is_fsdp_enabled and self.average is None:
             load_whole_weights(self.model, best)
-        elif self.is_fsdp_enabled:
+        elif self.is_sharded:
             load_roles({n: t for n, t in self.role_weights().items() if n.startswith("average.")}, best)
             self.average.copy_to_module()
         else:
@@ -597,7 +630,7 @@ class VideoTrainer(Trainer):
                 self.save_rank_state(staging)
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(final)
-            roles = gathered(self.role_weights()) if self.is_fsdp_enabled else self.role_weights()
+            roles = gathered(self.role_weights()) if self.is_sharded else self.role_weights()
             if self.args.should_save:
                 self._save_trainer_state(staging)
                 save_roles(roles, staging)

@@ -83,6 +83,21 @@ class EMACallback(TrainerCallback):
             self.average.update()
 
 
+class StepCallback(TrainerCallback):
+    """
+    Take an optimizer step where the Trainer leaves it to others, after gradients were clipped.
+
+    Args:
+        step (`Callable`): Takes it.
+    """
+
+    def __init__(self, step: Callable[[], None]):
+        self.step = step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.step()
+
+
 class SyncReferenceCallback(TrainerCallback):
     """
     Move the reference policy `ref_model_mixup_alpha` of the way to the trained one every `ref_model_sync_steps` optimizer

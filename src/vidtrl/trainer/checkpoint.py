@@ -150,7 +150,8 @@ def save_average(average: WeightAverage, directory: Path) -> None:
 
     Sharded weights are left to what writes the optimizer's shards, and their average to [`save_roles`].
     """
-    raw = {name: p.detach().cpu() for name, p in average.parameters.items() if not isinstance(p, DTensor)}
+    sharded = average.engine is not None or any(isinstance(p, DTensor) for p in average.parameters.values())
+    raw = {} if sharded else {name: p.detach().cpu() for name, p in average.parameters.items()}
     raw["num_updates"] = torch.tensor(average.num_updates)
     save_file(raw, directory / RAW_WEIGHTS)
 

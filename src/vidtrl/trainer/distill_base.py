@@ -1,5 +1,6 @@
 """What a distillation needs around its algorithm: roles, conditions of student and teacher, sampling, files, evaluation."""
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -21,6 +22,7 @@ from ..inference.distill_config import StudentConfig, write_distill_config
 from ..inference.export import save_scheduler, student_scheduler
 from ..models import Condition, VideoModel
 from ..models.causal import CausalAttention
+from .callbacks import StepCallback
 from .checkpoint import weights_fingerprint
 from .clip_data import ClipTrainer
 from .distill_card import student_usage
@@ -36,7 +38,7 @@ from .distill_teacher import (
     weights_elsewhere,
 )
 from .lora import load_adapter, save_adapter
-from .sharding import whole
+from .sharding import norm
 
 
 class DistillBase(ClipTrainer):
@@ -58,17 +60,17 @@ class DistillBase(ClipTrainer):
         self.streams: Streams | None = None
         self.latent_shape: tuple[int, int, int, int] | None = None  # of all videos, unless clips fall into buckets
         self._negatives: dict[tuple, Condition] = {}  # the other branch of the teacher's guidance, by latent shape
-        self._below: dict[str, Tensor] | None = None  # adapters under the roles, before FSDP shards them
+        self._below: dict[str, Tensor] | None = None  # adapters under the roles, before they are sharded
         self.means = RunningMeans()
+        self._local_gradients = contextlib.ExitStack()  # DeepSpeed, until it is given the gradients of a step
         super().__init__(model, args, peft_config=peft_config, **kwargs)
-        if self.is_deepspeed_enabled:
-            raise ValueError(
-                "distillation switches roles between and within steps, which does not work with DeepSpeed: use "
-                "--accelerate_config fsdp2 (with peft_config) or multi_gpu"
-            )
-        if self.is_fsdp_enabled:
+        if self.is_sharded:
             check_sharded(args, peft_config)
         self._add_roles(peft_config)
+        if self.is_deepspeed_enabled:
+            # it clips all roles together; here they are before it has the gradients, each for itself
+            self.accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = 0.0
+            self.add_callback(StepCallback(self._deepspeed_step))
         if args.stream_num_frames is not None:
             # what the block behind a window sees of it
             seen = args.stream_num_frames if args.window is None else args.window - args.sink - args.frames_per_block
@@ -85,7 +87,7 @@ class DistillBase(ClipTrainer):
     def _add_roles(self, peft_config: PeftConfig | None) -> None:
         """Fake score and teacher beside the student: adapters on its base, or copies of its module."""
         args, student = self.args, self.model
-        if self.is_fsdp_enabled:
+        if self.is_sharded:
             below = self.policies.adapters("base")
             carried = {n: p for n, p in student.named_parameters() if any(f".{a}." in f"{n}." for a in below)}
             self._below = {name: parameter.detach().cpu().clone() for name, parameter in carried.items()}
@@ -127,7 +129,57 @@ class DistillBase(ClipTrainer):
             ]
             # a role whose turn it is not has no gradients, and the optimizer passes over it, state and decay included
             self.optimizer = kind(groups, **{**kwargs, "weight_decay": self.args.weight_decay})
+        if self.is_deepspeed_enabled:
+            self._name_groups(self.optimizer.param_groups)
         return self.optimizer
+
+    # ---- DeepSpeed ----
+    # It gets gradients that are exchanged and clipped, as DDP's, and updates its shards of the weights. Of a role whose turn
+    # it is not, it would take the missing gradients for zeros: weights would decay, and Adam's momentum move them.
+
+    def _name_groups(self, groups: list[dict]) -> None:
+        """Note with each group of weights in the optimizer whose they are."""
+        for group in groups:
+            mine = {id(weight) for weight in group["params"]}
+            owners = [
+                role
+                for role in ("student", "fake")
+                if role in self.policies and any(id(p) in mine for p in self.policies.parameters(role).values())
+            ]
+            if len(owners) != 1:
+                raise ValueError(
+                    "with DeepSpeed the groups of an optimizer belong to one role each: give it a group of the student's "
+                    "weights and one of the fake score's, or leave optimizers out"
+                )
+            group["role"] = owners[0]
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_deepspeed_enabled:
+            optimizer = self.deepspeed.optimizer.optimizer  # torch's, which steps one shard after the other
+            if any("role" not in group for group in optimizer.param_groups):
+                raise ValueError(
+                    f"optim={self.args.optim!r} is replaced by DeepSpeed, and with it the roles' learning rates: set "
+                    "optim='adamw_torch'"
+                )
+            left_out: list[list[dict]] = []
+
+            def leave_out(optimizer, *_) -> None:
+                left_out.append(optimizer.param_groups)
+                optimizer.param_groups = [g for g in optimizer.param_groups if g["role"] in self.turn()]
+
+            def put_back(optimizer, *_) -> None:
+                optimizer.param_groups = left_out.pop()
+
+            optimizer.register_step_pre_hook(leave_out)
+            optimizer.register_step_post_hook(put_back)
+        return prepared
+
+    def _deepspeed_step(self) -> None:
+        with self.policies.training(*self.turn()):
+            self._local_gradients.close()  # it takes them over
+        self.deepspeed.set_gradient_accumulation_boundary(True)
+        self.deepspeed.step()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self.is_fsdp_enabled:
@@ -149,7 +201,8 @@ class DistillBase(ClipTrainer):
             parameter.requires_grad_(before[name])
 
     def role_weights(self) -> dict[str, Tensor]:
-        fake = self.policies.parameters("fake") if "fake" in self.policies else {}
+        # DeepSpeed's own files have all that is trained
+        fake = self.policies.parameters("fake") if "fake" in self.policies and not self.is_deepspeed_enabled else {}
         return super().role_weights() | {f"fake.{name}": parameter.data for name, parameter in fake.items()}
 
     def clip_groups(self) -> list[list[nn.Parameter]]:
@@ -448,8 +501,7 @@ class DistillBase(ClipTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= self.means.collect(self.accelerator)
-            norms = [parameter.detach().norm() for parameter in self.policies.parameters("student").values()]
-            logs["student_norm"] = torch.stack([whole(norm) for norm in norms]).norm().item()
+            logs["student_norm"] = norm(self.policies.parameters("student").values()).item()
         super().log(logs, start_time)
 
     @torch.no_grad()
@@ -489,7 +541,7 @@ class DistillBase(ClipTrainer):
 
 def check_sharded(args: VideoDistillConfig, peft_config: PeftConfig | None) -> None:
     """
-    Refuse what does not work with FSDP.
+    Refuse what does not work with sharded weights.
 
     Args:
         args ([`VideoDistillConfig`]): The run's.
@@ -500,7 +552,7 @@ def check_sharded(args: VideoDistillConfig, peft_config: PeftConfig | None) -> N
     """
     if peft_config is None:
         raise ValueError(
-            "without peft_config each role is a model of its own, and FSDP shards one: pass a LoraConfig, or use "
+            "without peft_config each role is a model of its own, and FSDP and DeepSpeed shard one: pass a LoraConfig, or use "
             "--accelerate_config multi_gpu"
         )
     if args.loss_type == "consistency" and args.consistency == "continuous" and args.tangent == "jvp":

@@ -183,6 +183,8 @@ class VideoDistillTrainer(DistillBase):
         if self._micro_step == 0:  # the Trainer clears the gradients of its model only, and copies are not inside it
             for parameter in itertools.chain(*self.clip_groups()):
                 parameter.grad = None
+            if self.is_deepspeed_enabled:
+                self._local_gradients.enter_context(self.deepspeed.coalesce_grad_reduction())
         inputs, skipped = self.prepare_batch(inputs), self.num_skipped_batches
         roles, share, total, x = self.turn(), 1 / self.current_gradient_accumulation_steps, 0.0, None
         for role in roles:
@@ -193,7 +195,7 @@ class VideoDistillTrainer(DistillBase):
                 self.means.add(f"loss/{role}", loss)
                 loss = self.finite_or_skip(loss, inputs["sample_ids"]) * share
                 self.policies.require(role)
-                self.accelerator.backward(loss.float())
+                self.backward(loss.float(), last=False)
             total += loss.detach()
         if self.num_skipped_batches > skipped and self.streams is not None:
             self.streams.drop(self._micro_step)  # a video that is broken stays so
@@ -216,13 +218,16 @@ class VideoDistillTrainer(DistillBase):
         self.policies.check_gradients(*roles)
         for role in roles:
             parameters = list(self.policies.parameters(role).values())
+            parameters = [p for p in parameters if p.grad is not None or not self.is_deepspeed_enabled]
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
             if self.args.world_size > 1 and not self.is_fsdp_enabled:
                 flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
-                parts = flat.split([p.numel() for p in parameters])
-                gradients = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
-                for parameter, gradient in zip(parameters, gradients, strict=True):
-                    parameter.grad = gradient
+                for parameter, gradient, part in zip(
+                    parameters, gradients, flat.split([g.numel() for g in gradients]), strict=True
+                ):
+                    gradient.copy_(part.view_as(gradient))
+                    if parameter.grad is None:
+                        parameter.grad = gradient
             if check and not any(bool(whole((g != 0).sum())) for g in gradients):
                 raise RuntimeError(
                     f"the gradient of the role {role!r} is exactly zero at step {self.state.global_step + 1}: its forward does "
@@ -324,7 +329,7 @@ class VideoDistillTrainer(DistillBase):
     def _regression_loss(self, inputs: dict, sources: list[torch.Generator]) -> Tensor:
         """From a point of the teacher's trajectory to its end (CausVid, https://huggingface.co/papers/2412.07772, eq. 6)."""
         names = trajectory_names(inputs["index"], inputs["condition"])
-        together = self.is_fsdp_enabled and any(gather_object([bool(self.trajectories.missing(names))]))
+        together = self.is_sharded and any(gather_object([bool(self.trajectories.missing(names))]))
         states = self.trajectories.get(names, lambda which: self._teacher_trajectories(inputs, which), together)
         states = states.to(self.args.device)
         clean = states[:, -1]

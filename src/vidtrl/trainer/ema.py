@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+
+from .sharding import copied, local, master, release
 
 
 class WeightAverage:
@@ -14,7 +15,7 @@ class WeightAverage:
     Exponential moving average of a module's trainable weights, kept in float32 next to them.
 
     With `n` updates behind it, an update uses `min(decay, (1 + n) / (10 + n))`, so that a short run does not
-    average in its start. Of weights that FSDP shards, each process averages its own share.
+    average in its start. Of weights that FSDP or ZeRO-3 shards, each process averages its own share.
 
     Args:
         module (`nn.Module`): Its parameters with `requires_grad` are averaged; they must be float32.
@@ -40,6 +41,7 @@ class WeightAverage:
         self.decay = decay
         self.num_updates = 0
         self.module = module
+        self.engine: Any = None  # DeepSpeed's, once it has the weights
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         wrong = [name for name, p in self.parameters.items() if p.dtype != torch.float32]
         if wrong:
@@ -52,14 +54,19 @@ class WeightAverage:
     @torch.no_grad()
     def reset(self) -> None:
         """Start again from the module's present weights."""
-        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.average = {name: copied(p) for name, p in self.parameters.items()}
 
-    def refresh(self) -> None:
-        """Start again if others (FSDP's shards) were put in the place of the weights."""
+    def refresh(self, engine: Any = None) -> None:
+        """
+        Start again if others (FSDP's shards, DeepSpeed's) were put in the place of the weights.
+
+        Args:
+            engine (`DeepSpeedEngine`, *optional*): That has them.
+        """
         present = dict(self.module.named_parameters())
-        if any(present[name] is not parameter for name, parameter in self.parameters.items()):
+        if engine is not self.engine or any(present[name] is not p for name, p in self.parameters.items()):
             assert self.num_updates == 0
-            self.parameters = {name: present[name] for name in self.parameters}
+            self.engine, self.parameters = engine, {name: present[name] for name in self.parameters}
             self.reset()
 
     @torch.no_grad()
@@ -71,7 +78,8 @@ class WeightAverage:
     @torch.no_grad()
     def move(self, share: float) -> None:
         """Move the average by `share` of the way to the module's present weights; 1 makes them equal."""
-        torch._foreach_lerp_(_local(self.average), _local(self.parameters), share)
+        average, present = self.average.values(), self.parameters.values()
+        torch._foreach_lerp_([local(a) for a in average], [master(p) for p in present], share)
 
     @torch.no_grad()
     def copy_to_module(self) -> None:
@@ -79,24 +87,17 @@ class WeightAverage:
         self._fill(self.average)
 
     def _fill(self, weights: dict[str, Tensor]) -> None:
-        for module in self.module.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # what a forward has gathered and kept would not change with its shards
+        release(self.module, self.engine)  # what a forward has gathered and kept would not change with its shards
         for name, parameter in self.parameters.items():
-            parameter.copy_(weights[name])
+            local(parameter).copy_(local(weights[name]))
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """The module holds the average inside this context, and its own weights again after it."""
-        own = {name: p.detach().clone() for name, p in self.parameters.items()}
+        own = {name: local(p).detach().clone() for name, p in self.parameters.items()}
         self.copy_to_module()
         try:
             yield
         finally:
             with torch.no_grad():
                 self._fill(own)
-
-
-def _local(weights: dict[str, Tensor]) -> list[Tensor]:
-    """What this process holds of them."""
-    return [w.to_local() if isinstance(w, DTensor) else w for w in weights.values()]

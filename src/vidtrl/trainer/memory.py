@@ -170,8 +170,8 @@ def estimate(
     if teacher_model is not None and trainer != "distill":
         raise ValueError(f"teacher_model is for trainer='distill', not {trainer!r}")
     config = as_config(trainer, config, num_processes)
-    if trainer == "distill" and (strategy in ("zero2", "zero3") or (strategy == "fsdp2" and peft_config is None)):
-        raise ValueError("distillation works with strategy='ddp', and with 'fsdp2' if there is a peft_config")
+    if trainer == "distill" and strategy != "ddp" and peft_config is None:
+        raise ValueError("distillation works with strategy='ddp', and with the others if there is a peft_config")
     run, phases = trace_run(trainer, config, model, peft_config, teacher_model, sharded=strategy != "ddp")
     share = _quantised_share(run.denoiser, quantization_bits)
     for name, phase in phases.items():
@@ -220,7 +220,8 @@ def _sharded(phase: Phase, run: Run, strategy: str, number: int) -> Phase:
     DDP: everything, and the buckets in which gradients are exchanged. FSDP2 and ZeRO-3: an N-th of weights, gradients and
     optimizer states; two blocks at a time are gathered (the one at work and the one fetched ahead), with FSDP2 also what lies
     outside the blocks, and a block's gradient is whole until it is scattered. ZeRO-2: an N-th of gradients and states.
-    DeepSpeed computes in weights of the autocast's dtype and keeps float32 ones beside the optimizer states.
+    DeepSpeed computes in weights of the autocast's dtype and keeps float32 ones beside the optimizer states; in distillation it
+    gets whole gradients, that DDP's way exchanges.
     """
     phase, args = dict(phase), run.args
     width = 2 if args.bf16 or args.fp16 else 4
@@ -245,6 +246,8 @@ def _sharded(phase: Phase, run: Run, strategy: str, number: int) -> Phase:
                 phase[part] = phase.get(part, 0) - sum(p.nbytes - width * p.numel() for p in own)
             phase["gradients"] = phase.get("gradients", 0) // 2
     kept = ("gradients", "optimizer") if strategy != "ddp" else ()
+    if isinstance(args, VideoDistillConfig) and strategy in ("zero2", "zero3"):
+        kept, communication = ("optimizer",), communication + phase.get("gradients", 0)
     for part in kept if strategy in ("ddp", "zero2") else (*kept, "denoiser", "adapters", "ema"):
         phase[part] = math.ceil(phase.get(part, 0) / number)
     phase["communication"] = communication

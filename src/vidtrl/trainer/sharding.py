@@ -1,14 +1,18 @@
 """Several processes, and sharded weights (FSDP2, DeepSpeed): what accelerate and the Trainer do not know about a denoiser."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from .base_config import VideoTrainingConfig
 from .lora import repeated_blocks
@@ -110,11 +114,6 @@ def check_sharded(args: VideoTrainingConfig, num_denoisers: int, kind: str) -> N
             "on_nan='skip' does not work with sharded weights (FSDP, DeepSpeed): a process that leaves out a micro-batch would "
             "leave the others waiting for its share. Set on_nan='raise'"
         )
-    if args.ema_decay is not None and kind == "DeepSpeed":
-        raise ValueError(
-            "ema_decay does not work with DeepSpeed; leave it unset, or set it to 0 if a recipe fills it, or shard with FSDP "
-            "(--accelerate_config fsdp2)"
-        )
 
 
 class EqualCalls:
@@ -191,6 +190,68 @@ def gathered(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded; all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that may be sharded; in place of it, changes reach the whole."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return tensor.ds_tensor if hasattr(tensor, "ds_tensor") else tensor  # ZeRO-3's
+
+
+def master(parameter: nn.Parameter) -> Tensor:
+    """What this process holds of the float32 weights that the optimizer steps; DeepSpeed computes in rounded ones."""
+    if local(parameter).dtype == torch.float32:
+        return local(parameter)
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
+
+    sharded = hasattr(parameter, "ds_tensor")
+    return safe_get_local_fp32_param(parameter) if sharded else safe_get_full_fp32_param(parameter)
+
+
+def copied(parameter: nn.Parameter) -> Tensor:
+    """
+    A float32 copy of a parameter, sharded as it is.
+
+    ZeRO-3's, which are no `DTensor`, become one: flat, and padded to a multiple of the processes.
+    """
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter.detach().to(torch.float32, copy=True)
+    mine = parameter.ds_tensor.to(torch.float32, copy=True)
+    mesh = init_device_mesh(mine.device.type, (torch.distributed.get_world_size(),))
+    return DTensor.from_local(mine, mesh, [Shard(0)], run_check=False)
+
+
+@torch.no_grad()
+def norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm of weights together; of sharded ones all processes must call it."""
+    parts, zero3 = [], False
+    for parameter in parameters:
+        if hasattr(parameter, "ds_tensor"):
+            zero3, mine = True, parameter.ds_tensor
+            padded = (torch.distributed.get_rank() + 1) * mine.numel() - parameter.ds_numel
+            parts.append(mine[: mine.numel() - min(max(0, padded), mine.numel())].norm())
+        else:
+            parts.append(whole(parameter.norm()))
+    square = torch.stack(parts).square().sum()
+    if zero3:
+        torch.distributed.all_reduce(square)
+    return square.sqrt()
+
+
+def release(model: nn.Module, engine: Any = None) -> None:
+    """
+    Free what a forward has gathered and kept of sharded weights; the next one gathers it again.
+
+    Args:
+        model (`nn.Module`): Sharded, or not.
+        engine (`DeepSpeedEngine`, *optional*): That has its weights.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    if engine is not None and engine.zero_optimization_partition_weights():
+        engine.optimizer.empty_partition_cache()
 
 
 @torch.no_grad()
