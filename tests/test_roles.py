@@ -87,6 +87,13 @@ def test_only_the_active_role_requires_gradients(setup):
             assert not trainable()
         assert trainable() == fake
     assert trainable() == student
+    with setup.roles.training():
+        assert trainable() == student | fake
+    assert trainable() == student
+    with setup.roles.active("fake", frozen=True):
+        with setup.roles.training("student"):
+            assert trainable() == student
+        assert not trainable()
 
 
 def test_the_role_before_comes_back_after_an_error(setup):
