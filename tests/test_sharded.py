@@ -21,7 +21,7 @@ from sft_setup import digest
 from tiny_pipelines import wan
 from torch.distributed.fsdp import fully_shard
 
-from vidtrl.trainer.sharding import EqualCalls, check_sharded, prepare_fsdp, shard_on_cpu
+from vidtrl.trainer.sharding import EqualCalls, prepare_fsdp, shard_on_cpu
 
 
 # what `accelerate launch` makes of accelerate_configs/fsdp2.yaml
@@ -269,13 +269,6 @@ def test_what_is_sharded_together_and_in_which_numbers(one_of_one):
     prepare_fsdp(accelerator, wan()[0].transformer)
     assert plugin.transformer_cls_names_to_wrap == ["WanTransformerBlock"] and plugin.mixed_precision_policy is None
     assert not accelerator.autocast_handler.cache_enabled
-
-
-def test_an_average_of_shards_is_fsdps():
-    args = SimpleNamespace(on_nan="raise", ema_decay=0.9)
-    check_sharded(args, 1, "FSDP")
-    with pytest.raises(ValueError, match="ema_decay does not work with DeepSpeed.*--accelerate_config fsdp2"):
-        check_sharded(args, 1, "DeepSpeed")
 
 
 def test_deepspeed_on_a_cpu_is_refused_and_never_left_out_in_silence(monkeypatch):
