@@ -21,6 +21,7 @@ from vidtrl import (
 )
 from vidtrl.models import CausalAttention, KVCache, check_model
 from vidtrl.toy import captions, pipeline_path, render
+from vidtrl.trainer import grpo_choices
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -131,6 +132,21 @@ def test_grpo_in_bfloat16(tmp_path, recipe):
         pipeline(), rewards, args, train_dataset=Dataset.from_dict({"prompt": PROMPTS}), peft_config=lora()
     )
     assert train(trainer) > 0
+    assert (trainer.batch_guidance, trainer.reuse_rollout) == (
+        (True, True) if recipe == "flash-grpo" else (False, False)
+    )
+
+
+def test_grpo_without_room(tmp_path, monkeypatch):
+    """What is left open is decided by the memory that is free."""
+    monkeypatch.setattr(grpo_choices, "HEADROOM", 0.0)
+    args = VideoGRPOConfig(**common(tmp_path, bf16=True, per_device_train_batch_size=8, num_inference_steps=4))
+    rows = Dataset.from_dict({"prompt": PROMPTS})
+    reward = lambda videos, **kw: [float(v.mean()) for v in videos]  # noqa: E731
+    trainer = VideoGRPOTrainer(pipeline(), reward, args, train_dataset=rows, peft_config=lora())
+    assert trainer.reuse_rollout
+    assert train(trainer) > 0
+    assert (trainer.batch_guidance, trainer.reuse_rollout) == (False, False)
 
 
 @pytest.mark.parametrize("adapters", [True, False], ids=["lora", "copies"])

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from tiny_pipelines import WAN_LIKE, WORDS, wan
 
 from vidtrl import VideoGRPOConfig, VideoGRPOTrainer
-from vidtrl.trainer import grpo_choices
+from vidtrl.trainer import grpo_choices, grpo_trainer
 
 
 def reward(prompts, videos, **kwargs):
@@ -284,6 +284,76 @@ def test_without_room_for_one_call_there_are_two(tmp_path):
     assert trainer.batch_guidance is None
     trainer.batch_guidance = False
     generation(trainer)  # control: two calls have room
+
+
+def test_trying_kept_graphs_leaves_nothing_behind(tmp_path):
+    """What an accelerator does before its first rollout: the graphs of all calls are alive while a video is decoded."""
+    trainer = make_trainer(tmp_path, reuse_rollout=None, rollout_batch_size=4)
+    batches = generation(trainer)
+    expected, _ = gradient(trainer, batches)
+    trainer.model.zero_grad()
+    done, state = [], torch.get_rng_state()
+
+    def forward(module, args, kwargs, output):
+        done.append(len(kwargs["hidden_states"]))
+        output[0].register_hook(lambda gradient: done.append("backward"))
+
+    handles = [
+        trainer.video_model.denoisers["transformer"].register_forward_hook(forward, with_kwargs=True),
+        trainer.video_model.pipe.vae.post_quant_conv.register_forward_pre_hook(lambda *_: done.append("decode")),
+    ]
+    assert grpo_choices.try_kept_graphs(trainer, 0, rows=6) is not None
+    for handle in handles:
+        handle.remove()
+    # both branches of guidance, of four latents and of the other two
+    assert done == [4, 4, 2, 2, "decode"] + 4 * ["backward"]
+    assert torch.equal(torch.get_rng_state(), state) and all(p.grad is None for p in trainer.model.parameters())
+    trainer = make_trainer(tmp_path, reuse_rollout=None, rollout_batch_size=4)
+    assert_close(gradient(trainer, generation(trainer))[0], expected)
+
+
+def test_without_room_for_kept_graphs_beside_decoding_they_are_not_kept(tmp_path):
+    trainer = make_trainer(tmp_path, reuse_rollout=None)
+    generation(trainer)
+    assert trainer.reuse_rollout and trainer._graphs_tried  # a CPU's memory is not what limits a run
+    free, full = grpo_choices.try_kept_graphs(trainer, 0, 8), torch.OutOfMemoryError("out of memory")
+
+    def decode(module, args):
+        raise full
+
+    handle = trainer.video_model.pipe.vae.post_quant_conv.register_forward_pre_hook(decode)
+    assert free is not None and grpo_choices.try_kept_graphs(trainer, 0, 8) is None
+    handle.remove()
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("recipe, expected", [("flash-grpo", 8), ("longcat", 2), ("tempflow-grpo", 4)])
+def test_as_many_graphs_are_tried_as_will_be_kept(tmp_path, monkeypatch, recipe, expected):
+    tried, keep = [], grpo_trainer.keep_graphs
+    monkeypatch.setattr(grpo_trainer, "keep_graphs", lambda *args: tried.append(args[1:]) or keep(*args))
+    config = {"tempflow-grpo": dict(num_latents=2, num_generations=4)}.get(recipe, {})
+    trainer = make_trainer(tmp_path, recipe=recipe, reuse_rollout=None, **config)
+    batches = generation(trainer)
+    assert grpo_choices.kept_rows(*tried[0]) == expected == sum(map(len, batches))
+    # of two processes, the one that samples the first group and half of the second
+    assert grpo_choices.kept_rows(tried[0][0], [range(4), range(2)]) == {8: 6, 2: 2, 4: 3}[expected]
+    generation(trainer)
+    assert len(tried) == 1
+
+
+def test_a_resumed_run_recomputes_if_the_one_before_did(tmp_path):
+    config = dict(reuse_rollout=None, max_steps=2, save_strategy="steps", save_steps=1)
+    for kept in (True, False):
+        trainer = make_trainer(tmp_path / f"{kept}", **config)
+        trainer.reuse_rollout, trainer._graphs_tried = kept, True
+        trainer.train()
+        again = make_trainer(tmp_path / "again", **config)
+        again.load_rank_state(tmp_path / f"{kept}/checkpoint-1")
+        assert again.reuse_rollout is kept and again._graphs_tried
+        # whatever the run before did: several passes need a forward of their own
+        several = make_trainer(tmp_path / "several", num_iterations=2, **config)
+        several.load_rank_state(tmp_path / f"{kept}/checkpoint-1")
+        assert several.reuse_rollout is False
 
 
 def test_a_resumed_run_keeps_its_choice(tmp_path):

@@ -1,12 +1,14 @@
 """What a GRPO run decides by itself where its configuration leaves it open, and says in the log (`log_level="info"`)."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils import logging
 
+from ..diffusion.step_schedules import Plan
 from .grpo_config import VideoGRPOConfig
 
 
@@ -114,6 +116,44 @@ def choose_batch_guidance(trainer: "VideoGRPOTrainer", group: int) -> bool:
     return everywhere
 
 
+def keep_graphs(trainer: "VideoGRPOTrainer", plans: dict[int, Plan], members: Sequence[range]) -> bool:
+    """
+    Whether the graphs of a generation's stochastic steps have room until its update. All processes choose alike.
+
+    [`choose_reuse`] keeps no more activations than the update has, but they are there while videos are decoded. On an
+    accelerator that is tried before the first rollout. If there is no room, the update has a forward of its own.
+
+    Args:
+        trainer ([`VideoGRPOTrainer`]): About to sample its first generation; `batch_guidance` is chosen.
+        plans (`dict[int, Plan]`): Of the groups that this process has a part in, and the conditions of.
+        members (`Sequence[range]`): By group, those that it samples.
+    """
+    args = trainer.args
+    if not trainer.reuse_rollout or args.device.type not in ("cuda", "xpu"):
+        return trainer.reuse_rollout
+    group, rows = next(iter(plans)), kept_rows(plans, members)
+    needed, free = try_kept_graphs(trainer, group, rows), free_memory(args.device) - optimizer_memory(trainer)
+    fits = needed is not None and needed <= HEADROOM * free
+    everywhere = bool(trainer.accelerator.gather(torch.tensor([fits], device=args.device)).all())
+    if not everywhere:
+        found = "more than there is" if needed is None else f"{needed / 2**30:.2f} GiB"
+        where = "" if not fits else " here, but another process has no room"
+        logger.info(
+            "The update has a forward of its own (reuse_rollout=False): to decode videos beside the rollout's graphs takes "
+            f"{found}, and {free / 2**30:.2f} GiB are free for it{where}."
+        )
+    return everywhere
+
+
+def kept_rows(plans: dict[int, Plan], members: Sequence[range]) -> int:
+    """The latents at which these members of these groups draw noise: so many forwards have a graph."""
+    return sum(
+        any(member in members[group] for child in children for member in child)
+        for group, plan in plans.items()
+        for *_, children in plan.decisions()
+    )
+
+
 def try_one_call(trainer: "VideoGRPOTrainer", group: int) -> int | None:
     """
     The peak of a rollout's largest forward and of an update's forward and backward, with both branches in one call.
@@ -126,32 +166,75 @@ def try_one_call(trainer: "VideoGRPOTrainer", group: int) -> int | None:
     Returns:
         `int`, *optional*: Bytes above what is allocated now; `None` if memory ran out.
     """
-    args, memory = trainer.args, torch.get_device_module(trainer.args.device)
-    stats = trainer.args.device.type in ("cuda", "xpu")
+    args, chosen = trainer.args, trainer.batch_guidance
     rows = args.per_device_train_batch_size
-    sigma = float(trainer.grid[trainer._own_steps[0]])
-    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
-    before, chosen = 0, trainer.batch_guidance
-    if stats:
-        before = memory.memory_allocated(args.device)
-        memory.reset_peak_memory_stats(args.device)
 
-    def velocity(number: int) -> torch.Tensor:
-        x = torch.zeros(number, *trainer.latent_shape, device=args.device)
-        return trainer._velocity(trainer._unwrapped(), x, torch.full((number,), sigma), [group] * number)
+    def work() -> None:
+        with torch.no_grad():
+            _velocity(trainer, group, args.rollout_batch_size or rows)
+        torch.clear_autocast_cache()  # the casts of the weights have no graph
+        _backward(trainer, [_velocity(trainer, group, rows)])
 
     trainer.batch_guidance = True
     try:
-        with trainer.compute_loss_context_manager():
-            with torch.no_grad():
-                velocity(args.rollout_batch_size or rows)
-            torch.clear_autocast_cache()  # the casts of the weights have no graph
-            torch.autograd.grad(velocity(rows).sum(), parameters, allow_unused=True)
-    except torch.OutOfMemoryError:
-        return None
+        return _peak(trainer, work)
     finally:
         trainer.batch_guidance = chosen
-    return memory.max_memory_allocated(args.device) - before if stats else 0
+
+
+def try_kept_graphs(trainer: "VideoGRPOTrainer", group: int, rows: int) -> int | None:
+    """
+    The peak of a rollout that keeps the graphs of so many latents, decodes its videos, and of the backward pass after it.
+
+    Gradients are thrown away, and the random state is left as it was.
+
+    Args:
+        trainer ([`VideoGRPOTrainer`]), group (`int`): As in [`choose_batch_guidance`].
+        rows (`int`): How many.
+
+    Returns:
+        `int`, *optional*: Bytes above what is allocated now; `None` if memory ran out.
+    """
+    args = trainer.args
+    size = args.rollout_batch_size or args.per_device_train_batch_size
+
+    def work() -> None:
+        torch.clear_autocast_cache()
+        kept = [_velocity(trainer, group, min(size, rows - start)) for start in range(0, rows, size)]
+        clips = torch.zeros(args.vae_batch_size, *trainer.latent_shape, device=args.device)
+        with torch.no_grad(), torch.autocast(args.device.type, enabled=False):
+            trainer.video_model.decode(clips, chunk_size=args.vae_batch_size)
+        _backward(trainer, kept)
+
+    devices = [args.device] if args.device.type != "cpu" else []
+    with torch.random.fork_rng(devices, device_type=args.device.type if devices else "cuda"):  # of VAEs that draw
+        return _peak(trainer, work)
+
+
+def _velocity(trainer: "VideoGRPOTrainer", group: int, number: int) -> torch.Tensor:
+    x = torch.zeros(number, *trainer.latent_shape, device=trainer.args.device)
+    sigma = float(trainer.grid[trainer._own_steps[0]])
+    return trainer._velocity(trainer._unwrapped(), x, torch.full((number,), sigma), [group] * number)
+
+
+def _backward(trainer: "VideoGRPOTrainer", velocities: list[torch.Tensor]) -> None:
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    torch.autograd.grad(sum(v.sum() for v in velocities), parameters, allow_unused=True)
+
+
+def _peak(trainer: "VideoGRPOTrainer", work: Callable[[], None]) -> int | None:
+    """Bytes that some work allocates at most, 0 where torch does not count them; `None` if memory ran out."""
+    device, before = trainer.args.device, 0
+    stats, memory = device.type in ("cuda", "xpu"), torch.get_device_module(device)
+    if stats:
+        before = memory.memory_allocated(device)
+        memory.reset_peak_memory_stats(device)
+    try:
+        with trainer.compute_loss_context_manager():
+            work()
+    except torch.OutOfMemoryError:
+        return None
+    return memory.max_memory_allocated(device) - before if stats else 0
 
 
 def free_memory(device: torch.device) -> int:

@@ -113,7 +113,7 @@ class VideoGRPOConfig(VideoTrainingConfig):
         reuse_rollout (`bool`, *optional*):
             Keep the graph of the stochastic steps for the update, which then needs no forward. Needs one update per
             generation (`steps_per_generation=num_iterations=1`) and the memory of one forward per decision. `None` does so
-            where it is exact and each video draws noise at one step.
+            where it is exact, each video draws noise at one step, and on an accelerator the graphs fit beside decoding.
 
         > Parameters that control rewards and advantages
 

@@ -51,7 +51,7 @@ from .completions import CompletionLog
 from .draws import draw_seed
 from .ema import WeightAverage
 from .grpo_checks import check_arguments, check_denoisers, check_on_policy, check_sharded
-from .grpo_choices import choose_batch_guidance, choose_reuse, load_choices, save_choices
+from .grpo_choices import choose_batch_guidance, choose_reuse, keep_graphs, load_choices, save_choices
 from .grpo_config import VideoGRPOConfig
 from .grpo_evaluation import evaluate_prompts
 from .grpo_items import Item, micro_batches, noised, share_out
@@ -185,6 +185,7 @@ class VideoGRPOTrainer(VideoTrainer):
             dropout=any(module.p > 0 for module in self.model.modules() if isinstance(module, nn.Dropout)),
         )
         self.batch_guidance = args.batch_guidance  # chosen before the first rollout, if left open
+        self._graphs_tried = args.reuse_rollout is not None  # likewise
 
     # ---- Prompts ----
 
@@ -305,6 +306,9 @@ class VideoGRPOTrainer(VideoTrainer):
         policy = self.roles["old"].swapped_in() if args.loss_type == "nft" else contextlib.nullcontext()
         if self.batch_guidance is None:
             self.batch_guidance = choose_batch_guidance(self, groups[0])
+        if not self._graphs_tried:
+            self.reuse_rollout = keep_graphs(self, {group: plans[group] for group in groups}, members)
+            self._graphs_tried = True
         with policy, self.equal_calls():
             for start in range(0, len(groups), together):
                 part = range(start, min(start + together, len(groups)))
@@ -639,12 +643,15 @@ class VideoGRPOTrainer(VideoTrainer):
     def save_rank_state(self, directory: Path) -> None:
         super().save_rank_state(directory)
         if self.is_world_process_zero():
-            save_choices(directory, batch_guidance=self.batch_guidance)
+            save_choices(directory, batch_guidance=self.batch_guidance, reuse_rollout=self.reuse_rollout)
 
     def load_rank_state(self, directory: Path) -> None:
         super().load_rank_state(directory)
-        if self.args.batch_guidance is None:  # other free memory must not change a resumed run
-            self.batch_guidance = load_choices(directory).get("batch_guidance")
+        chosen = load_choices(directory)  # other free memory must not change a resumed run
+        if self.args.batch_guidance is None:
+            self.batch_guidance = chosen.get("batch_guidance")
+        if self.args.reuse_rollout is None and "reuse_rollout" in chosen:
+            self.reuse_rollout, self._graphs_tried = self.reuse_rollout and chosen["reuse_rollout"], True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
