@@ -214,7 +214,7 @@ _EDM = "its EDM preconditioning (c_in, c_skip, sigma_data) is not a flow or VP m
 _UNET = "it is a U-Net of the Stable Diffusion generation without a video transformer."
 _NO_ROW = "no row has been verified for it yet; docs/models.md says how to add one."
 _UPSAMPLER = "it enlarges latents in one pass; there is no noise to train on."
-_MODULAR = "modular pipelines have no single call to capture"
+_MODULAR = "vidtrl captures classic pipelines only"
 
 UNSUPPORTED: dict[str, str] = {
     **dict.fromkeys(
