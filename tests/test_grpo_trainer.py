@@ -945,3 +945,16 @@ def test_few_videos_are_warned_about(tmp_path, caplog):
     caplog.clear()
     make_trainer(tmp_path, per_device_train_batch_size=64)
     assert "below 64" not in caplog.text
+
+
+def test_an_adapters_rate_for_all_weights_is_warned_about(tmp_path, caplog):
+    text = "is the recipe's for an adapter, and without peft_config all weights are trained"
+    for config in (
+        dict(learning_rate=None),
+        dict(lora=False),
+        dict(lora=False, recipe="dance-grpo", learning_rate=None),
+        dict(lora=False, learning_rate=None, max_steps=1),
+    ):
+        make_trainer(tmp_path, **config)
+        assert (text in caplog.text) == ("max_steps" in config), config
+    assert f"learning_rate=0.0001 {text}" in caplog.text

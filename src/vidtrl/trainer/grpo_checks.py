@@ -10,14 +10,17 @@ from transformers.utils import logging
 
 from ..models import VideoModel
 from .grpo_config import VideoGRPOConfig
+from .grpo_recipes import DEFAULTS, RECIPES
 
 
 logger = logging.get_logger(__name__)
 
+FULL_RATE = 1e-5  # the rate of the recipe for all weights, DanceGRPO's
+
 
 def check_arguments(args: VideoGRPOConfig, train_dataset: Any, peft_config: Any) -> None:
     """
-    Before anything is loaded; a generation of few videos is a warning.
+    Before anything is loaded; a generation of few videos is a warning, and so is an adapter's learning rate for all weights.
 
     Args:
         args, train_dataset, peft_config: As the trainer takes them.
@@ -36,6 +39,12 @@ def check_arguments(args: VideoGRPOConfig, train_dataset: Any, peft_config: Any)
             f"{args.num_prompts} prompts x {args.num_generations} generations = "
             f"{args.num_prompts * args.num_generations} videos per generation: below 64, rewards often do not rise. "
             "Raise per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation"
+        )
+    rate = (DEFAULTS | RECIPES[args.recipe])["learning_rate"]
+    if peft_config is None and rate > FULL_RATE and args.learning_rate == rate:
+        logger.warning(
+            f"learning_rate={rate:g} is the recipe's for an adapter, and without peft_config all weights are trained: pass "
+            f"peft_config=LoraConfig(r=16, lora_alpha=32), or set learning_rate to {FULL_RATE:g} or less"
         )
 
 
