@@ -498,7 +498,10 @@ def test_four_stages_then_again_then_one_anew(here):
     # what is said at the end
     summary = done.stdout.partition("\nfinished:")[2]
     assert "eval_reward: " in summary and "rewards/video_reward/mean: " in summary and "out/generate.py" in summary
-    assert "vidtrl benchmark out/distill" in summary and "2 updates" in summary
+    assert "vidtrl benchmark out/distill" in summary and "2 updates" in summary and "out/report.html" in summary
+    page = Path("out/report.html").read_text()
+    assert all(f">{name}<" in page for name in ("SFT", "GRPO", "Prompt enhancement", "Distillation"))
+    assert "Enhanced prompts</h2>" in page and "nothing to show" not in page
     for name in ("sft", "grpo", "prompt", "distill"):
         assert "accelerate.commands.launch" in Path("out/logs", f"{name}.log").read_text()
     # the program that uses it, from another folder after a move

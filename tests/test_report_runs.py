@@ -13,6 +13,8 @@ import sft_setup
 from test_report import HOSTILE, Browser, needs_chromium, parse, probe, set_value, shown
 
 from vidtrl.cli.main import main
+from vidtrl.cli.run_state import STATE_FILE
+from vidtrl.report import pipelines
 from vidtrl.report.runs import _evenly, read_run, write_run_report
 
 
@@ -249,3 +251,67 @@ def test_steps_are_left_out_evenly(grpo, tmp_path):
     assert {row["step"] for row in run.completions if row["shown"]} == {0, 3}
     assert {row["step"] for row in run.completions} == {0, 1, 2, 3}  # the table has them all
     assert [w for w in run.warnings if "2 of 4 steps with completions are shown" in w]
+
+
+@pytest.fixture
+def pipeline(grpo, tmp_path):
+    """What `vidtrl run` leaves: two finished stages of the video model, the enhancer's trainings, a distillation under way."""
+    folder = tmp_path / "four stages"
+    for stage, parts in (("sft", ("validation",)), ("grpo", ("validation", "completions"))):
+        for part in parts:
+            shutil.copytree(grpo / part, folder / stage / part)
+        for name in ("trainer_state.json", "training_args.json"):
+            shutil.copy(grpo / name, folder / stage / name)
+    for step, log in (("sft", {"loss": 2.0}), ("grpo", {"reward": 0.5})):
+        (folder / "prompt" / step).mkdir(parents=True)
+        history = [{"step": n, **log} for n in (1, 2)]
+        (folder / "prompt" / step / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    (folder / "distill" / "prompts").mkdir(parents=True)
+    rows = [{"prompt": "A cat sits on a wall.", "user_prompt": "cat"}, {"prompt": HOSTILE, "user_prompt": HOSTILE}]
+    (folder / "distill" / "prompts" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = {"updates": {"grpo": 4}, "metrics": {"eval_rewards/accuracy/mean": [0.25, 0.5]}}
+    finished = {"status": "finished", "seconds": 90.0, "figures": figures}
+    settings = {"learning_rate": 0.01, "hub_token": "hf_secret", "dataset_name": str(tmp_path / "clips")}
+    records = {name: finished | {"settings": settings} for name in ("sft", "grpo", "prompt")}
+    records["prompt"] = records["prompt"] | {"figures": {"updates": {"sft": 1, "grpo": 2}, "metrics": {}}}
+    records["distill"] = {"status": "interrupted", "seconds": 30.0}
+    (folder / "pipeline_state.json").write_text(json.dumps({"vidtrl": "0", "stages": records}))
+    return folder
+
+
+def test_a_pipeline(pipeline, capsys):
+    assert main(["report", str(pipeline)]) == 0
+    out, err = capsys.readouterr()
+    assert out.strip() == str(pipeline / "report.html") and "distill has nothing to show yet" in err
+    text, html = page_text(pipeline / "report.html"), (pipeline / "report.html").read_text()
+    assert "Finished: SFT, GRPO, Prompt enhancement." in text and STATE_FILE == pipelines.STATE_FILE
+    assert "GRPO 4 updates, eval_accuracy 0.25 → 0.5 90 s" in text and "Distillation interrupted 30 s" in text
+    assert "Prompt enhancement SFT 1 update, GRPO 2 updates 90 s" in text
+    for heading in ("Stage by stage", "GRPO: completions", "Enhanced prompts", "Learning curves"):
+        assert f">{heading}</h2>" in html, heading
+    for title in ("SFT: Loss", "GRPO: Reward", "Reward brightness"):
+        assert f">{title}</figcaption>" in html, title
+    # before, SFT, GRPO of both prompts, and the completions
+    assert html.count("data:video/mp4;base64,") == 2 * 3 + 32
+    assert "Enhanced (enhanced): A cat sits on a wall." in text and HOSTILE not in html
+    assert "sft: learning_rate 0.01" in text and "sft: dataset_name .../clips" in text
+    assert "hf_secret" not in html and str(pipeline.parent) not in html
+    # one stage of it is a run of its own
+    assert main(["report", str(pipeline / "grpo")]) == 0
+    (pipeline / "pipeline_state.json").write_text("{")
+    assert main(["report", str(pipeline)]) == 2 and "that can be read" in capsys.readouterr().err
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [375, 1440])
+def test_a_pipeline_in_a_browser(pipeline, browser, width):
+    page, _ = pipelines.write_pipeline_report(pipeline)
+    browser.open(page.as_uri(), width)
+    state = probe(browser)
+    assert state["wide"] == 0 and state["width"] == width and state["total"] == 38
+    columns = "[...document.querySelectorAll('.card')][0].querySelectorAll('figure')"
+    names = browser.evaluate(f"[...{columns}].map((f) => f.dataset.column).join()")
+    assert names == "before,SFT,GRPO" and shown(browser)[:2] == VALIDATION["validation_prompts"]
+    browser.evaluate("document.querySelector('.cards').scrollIntoView()")
+    browser.wait(lambda: len(times := probe(browser)["times"]) >= 1 and min(times) > 0)  # they play
+    assert browser.errors == [] and not [u for u in browser.requests if not u.startswith(("data:", "file:", "blob:"))]

@@ -17,7 +17,9 @@ def make_parser() -> Parser:
     """The options of `vidtrl report`."""
     parser = Parser(prog="vidtrl report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "dir", metavar="DIR", help="output directory of a run, or its completions/ or validation/ folder"
+        "dir",
+        metavar="DIR",
+        help="output directory of a run, its completions/ or validation/ folder, or the output directory of vidtrl run",
     )
     parser.add_argument("--output", metavar="FILE", help="HTML file to write (default: DIR/report.html)")
     parser.add_argument("--open", action="store_true", help="open it in the browser")
@@ -43,9 +45,11 @@ def run(argv: Sequence[str]) -> int:
     if args.output and not args.output.lower().endswith((".html", ".htm")):
         raise UserError(f"--output {args.output!r} must be an .html file")
     from ..report.media import MAX_EMBEDDED
+    from ..report.pipelines import is_pipeline, write_pipeline_report
     from ..report.runs import write_run_report
 
-    page, warnings = write_run_report(
+    write = write_pipeline_report if is_pipeline(args.dir) else write_run_report
+    page, warnings = write(
         args.dir,
         args.output,
         max_videos=args.max_videos,

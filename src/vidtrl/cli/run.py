@@ -11,6 +11,7 @@ Each stage is a process of its own under `accelerate launch`. Its adapter is sta
 import argparse
 import json
 import multiprocessing
+import os
 import shlex
 import sys
 import textwrap
@@ -19,6 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+from .env import package_versions
 from .errors import Interrupted, Parser, UserError
 from .run_memory import estimated_memory
 from .run_plan import (
@@ -103,6 +105,10 @@ def run(argv: Sequence[str]) -> int:
                 return code
     finished = [stage for stage in pipeline.stages if state.finished(stage.name)]
     print_summary(pipeline, finished, state, write_script(pipeline, finished))
+    from ..report.pipelines import write_pipeline_report
+
+    page, _ = write_pipeline_report(pipeline.output_dir, versions=package_versions())
+    print(f"look at it:\n  {os.path.relpath(page)}   # all stages on one page; vidtrl report writes it anew")
     return 0
 
 

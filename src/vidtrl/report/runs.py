@@ -86,7 +86,7 @@ def read_run(folder: str | os.PathLike, max_videos: int = 240) -> Run:
         history = _json(run, state).get("log_history", [])
         run.log = [e for e in history if isinstance(e, dict)] if isinstance(history, list) else []
         if (arguments := _newest(root, "training_args.json")) is not None:
-            run.settings = _settings(_json(run, arguments))
+            run.settings = shown_settings(_json(run, arguments))
     if "completions" in parts:
         _read_completions(run, parts["completions"], max_videos)
     if "validation" in parts:
@@ -114,14 +114,14 @@ def _json(run: Run, path: Path) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def _settings(arguments: dict) -> dict:
+def shown_settings(arguments: dict) -> dict:
     """Arguments that say something, without tokens, and of this machine's paths the last part alone."""
     shown = {}
     for name, value in arguments.items():
         if value in NO_SETTING or name.endswith("token"):
             continue
         if isinstance(value, dict):
-            value = _settings(value)
+            value = shown_settings(value)
         elif isinstance(value, list):
             value = [_named(one) for one in value]
         shown[name] = json.dumps(value) if isinstance(value, (dict, list)) else _named(value)
@@ -235,9 +235,9 @@ def _read_validation(run: Run, folder: Path, max_videos: int) -> None:
             run.validation.append((step, name, str(prompt), _video(run, path, name)))
 
 
-def _galleries(run: Run) -> list[Gallery]:
+def galleries(run: Run) -> list[Gallery]:
     """Validations: a column a step. Completions: a card a group, a column a sample, and a slider over the steps."""
-    galleries = []
+    made = []
     clips: dict[tuple[str, str], Clip] = {}
     for step, name, prompt, video in run.validation:
         clip = clips.setdefault((name, prompt), Clip(prompt, {}))
@@ -246,7 +246,7 @@ def _galleries(run: Run) -> list[Gallery]:
             clip.notes[f"step {step}"] = "could not be read"
     if clips:
         note = "The same prompts from the same noise, before training and at each validation."
-        galleries.append(Gallery("Validation videos", list(clips.values()), note))
+        made.append(Gallery("Validation videos", list(clips.values()), note))
     groups: dict[tuple[int, str], Clip] = {}
     for row in run.completions:
         if not row["shown"]:
@@ -261,8 +261,8 @@ def _galleries(run: Run) -> list[Gallery]:
             clip.notes[column] = ", ".join(f"{name} {value}" for name, value in row["facts"].items())
     if groups:
         note = "A card is a group: the samples of one prompt at one step, with their rewards and the advantage that followed."
-        galleries.append(Gallery("Completions", list(groups.values()), note))
-    return galleries
+        made.append(Gallery("Completions", list(groups.values()), note))
+    return made
 
 
 def _rewards(run: Run) -> tuple[list[Stage], list[Metric]]:
@@ -341,7 +341,7 @@ def write_run_report(
         stages=stages if metrics else (),
         metrics=metrics,
         row_heading="Step",
-        galleries=_galleries(run),
+        galleries=galleries(run),
         charts=training_charts(run.log),
         settings=run.settings,
         versions={"These are of": "the environment that wrote this page"} | versions if versions else None,
