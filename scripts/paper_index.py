@@ -26,6 +26,7 @@ STAGES = [  # what is done, id, where, settings
     ("Rectified flow", "2209.03003", "the model's coordinates: `vidtrl.diffusion.flow`", ""),
     ("Logit-normal and mode sampling of the noise level", "2403.03206", "`VideoSFTConfig`", 'sigma_sampling="logit_normal" or "mode"'),
     ("Min-SNR weighting", "2303.09556", "`VideoSFTConfig`", 'loss_weighting="min_snr"'),
+    ("The bell-shaped weight of CausVid's trainings", "2412.07772", "`VideoSFTConfig`", 'loss_weighting="bell"'),
     ("Classifier-free guidance", "2207.12598", "caption dropout in SFT; rollouts, teachers", "caption_dropout, guidance_scale"),
     ("Diffusion Forcing", "2407.01392", "`VideoSFTConfig`", 'causal="diffusion_forcing"'),
     ("rsLoRA", "2312.03732", "`LoraConfig`", "use_rslora=True"),

@@ -12,6 +12,7 @@ from sft_setup import digest, make_trainer, trained_weights
 from vidtrl import VideoSFTConfig
 from vidtrl.data.video import write_video
 from vidtrl.diffusion import flow
+from vidtrl.diffusion.distribution_matching import training_weight
 from vidtrl.models import KVCache
 from vidtrl.rollout import causal_rollout
 from vidtrl.toy.world import captions, render
@@ -80,6 +81,16 @@ def test_loss_is_the_error_of_each_block_upon_its_past(make, mode):
             errors[row, b] = (velocity - (e - clean)).square().mean()
     torch.testing.assert_close(outputs["error"], errors, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(loss, errors.mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_bell_weighs_each_block_by_its_own_level(make):
+    trainer = make(caption_dropout=0.0, loss_weighting="bell", shift=5.0)
+    loss, outputs = trainer.compute_loss(trainer.model, batch_of(trainer, 0, 3), return_outputs=True)
+    weight = training_weight(outputs["sigma"], shift=5.0)
+    assert loss.item() == pytest.approx((weight * outputs["error"]).mean().item(), rel=1e-6)
+    assert len(set(weight.flatten().tolist())) == 4 and abs(loss.item() / outputs["error"].mean().item() - 1) > 1e-2
+    grid = trainer.video_model.training_sigma(torch.arange(1, 1001) / 1000, shift=5.0)
+    assert trainer.loss_weight(grid, (16, 4, 2, 2)).mean().item() == pytest.approx(1, abs=2e-3)
 
 
 def test_modes_differ_and_are_not_bidirectional(make):

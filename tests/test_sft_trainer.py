@@ -161,6 +161,7 @@ OPTIONS = {
     "shift as text": dict(shift="5"),
     "cosmap": dict(loss_weighting="cosmap"),
     "min_snr": dict(loss_weighting="min_snr"),
+    "bell": dict(loss_weighting="bell"),
     "no dropout": dict(caption_dropout=0.0),
     "ema": dict(ema_decay=0.99),
     "ema full": dict(ema_decay=0.99, lora=False),
@@ -200,7 +201,7 @@ def test_option_trains(clips, cache_dir, tmp_path, option):
 def test_options_matter(clips, cache_dir, tmp_path):
     """Options that change the objective change the losses."""
     seen = {}
-    for option in ("defaults", "uniform", "mode", "shift", "cosmap", "min_snr"):
+    for option in ("defaults", "uniform", "mode", "shift", "cosmap", "min_snr", "bell"):
         trainer = make_trainer(tmp_path / option, clips, cache_dir, max_steps=1, **OPTIONS[option])
         trainer.train()
         seen[option] = round(losses(trainer)[0], 7)

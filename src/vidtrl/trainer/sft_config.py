@@ -19,7 +19,8 @@ class VideoSFTConfig(ClipConfig):
         shift (`str` or `float`, *optional*, defaults to `"auto"`):
             Shift of the drawn times towards noise: the model's own (`"auto"`), or a number (1 is none).
         loss_weighting (`str`, *optional*, defaults to `"none"`):
-            Weight of the velocity error by sigma: `"none"` (the family's native loss), `"cosmap"` or `"min_snr"`.
+            Weight of the velocity error by sigma: `"none"` (the family's native loss), `"cosmap"`, `"min_snr"` or `"bell"` (that
+            of CausVid's and Self Forcing's trainings: largest at 1/2, 0 at both ends).
         caption_dropout (`float`, *optional*, defaults to `0.1`):
             Share of samples trained with the empty prompt, which keeps classifier-free guidance working.
         causal (`str`, *optional*):
@@ -49,7 +50,7 @@ class VideoSFTConfig(ClipConfig):
     )
     loss_weighting: str = field(
         default="none",
-        metadata={"help": "Weight of the error by sigma.", "choices": ["none", "cosmap", "min_snr"]},
+        metadata={"help": "Weight of the error by sigma.", "choices": ["none", "cosmap", "min_snr", "bell"]},
     )
     caption_dropout: float = field(
         default=0.1, metadata={"help": "Share of samples trained with the empty prompt, for guidance."}
@@ -67,7 +68,7 @@ class VideoSFTConfig(ClipConfig):
         super().__post_init__()
         for name, choices in (
             ("sigma_sampling", ("uniform", "logit_normal", "mode")),
-            ("loss_weighting", ("none", "cosmap", "min_snr")),
+            ("loss_weighting", ("none", "cosmap", "min_snr", "bell")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")

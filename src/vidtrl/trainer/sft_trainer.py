@@ -29,6 +29,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..diffusion import flow
+from ..diffusion.distribution_matching import training_weight
 from ..models import CausalAttention, Condition, VideoModel
 from ..rollout.causal import causal_rollout
 from ..rollout.sampling import draw_noise
@@ -278,12 +279,20 @@ class VideoSFTTrainer(ClipTrainer):
         sigma = self.sample_sigma(inputs["draws"], condition.latent_shape).to(x0.device)
 
         error = self.velocity_error(model, x0, noise, sigma, condition)
-        weight = self.video_model.native_weight(sigma) * flow.loss_weight(self.args.loss_weighting, sigma)
+        weight = self.video_model.native_weight(sigma) * self.loss_weight(sigma, condition.latent_shape)
         loss = (weight * error).mean()
 
         self._count_in_bins(sigma.flatten(), error.detach().flatten())
         loss = self.finite_or_skip(loss, inputs["sample_ids"])
         return (loss, {"error": error, "sigma": sigma}) if return_outputs else loss
+
+    def loss_weight(self, sigma: Tensor, latent_shape: tuple[int, int, int, int]) -> Tensor:
+        """What `loss_weighting` says of noise levels (any shape), of clips of a shape (C, f, h, w)."""
+        if self.args.loss_weighting != "bell":
+            return flow.loss_weight(self.args.loss_weighting, sigma)
+        # its mean is 1 over the noise levels of this run's shift, which is where 1/2 goes
+        middle = float(self.video_model.training_sigma(torch.tensor([0.5]), latent_shape, self.args.shift))
+        return training_weight(sigma, shift=middle / (1 - middle))
 
     def velocity_error(
         self, model: nn.Module, x0: Tensor, noise: Tensor, sigma: float | Tensor, condition: Condition
