@@ -293,11 +293,12 @@ def test_model_card_snippet_runs(clips, cache_dir, tmp_path, monkeypatch):
         (tmp_path / "video.mp4").unlink()
 
 
-def test_progress_bar_shows_loss_and_speed(clips, cache_dir, tmp_path, capsys):
+def test_progress_bar_shows_loss_speed_and_time_left(clips, cache_dir, tmp_path, capsys):
     trainer = make_trainer(tmp_path, clips, cache_dir, disable_tqdm=False)
     trainer.train()
     shown = capsys.readouterr().err
     assert "3/3" in shown and "loss=" in shown and "clips/s=" in shown
+    assert re.search(r"1/3 \[\d\d:\d\d<\d\d:\d\d", shown)  # passed, and left
     assert "train_runtime" not in shown  # the Trainer's own bar and printer are gone
 
 
