@@ -33,6 +33,8 @@ from .distill_teacher import (
     Joined,
     Trajectories,
     answer_fingerprint,
+    check_guidance,
+    check_student,
     condition_digest,
     load_teacher,
     weights_elsewhere,
@@ -212,11 +214,7 @@ class DistillBase(ClipTrainer):
 
     def prepare_datasets(self, train_dataset, eval_dataset):
         args, model = self.args, self.video_model
-        if len(model.denoisers) > 1:
-            raise ValueError(
-                f"{type(model.pipe).__name__} has two experts here, which one few-step student cannot follow: distil a model "
-                "with one denoiser, such as Wan 2.1 or Wan 2.2 5B"
-            )
+        check_student(model)
         if args.resolution is None and args.buckets is None:
             self.fill_shape()
             self.latent_shape = model.latent_shape(args.num_frames, args.height, args.width)
@@ -235,11 +233,7 @@ class DistillBase(ClipTrainer):
                 self.teacher.pipe.to(args.device)
             if args.causal is not None and args.loss_type == "consistency":
                 self.teacher_causal = CausalAttention(self.teacher)
-        config = next(iter(self.teacher.denoisers.values())).config
-        if args.teacher_guidance_scale != 1.0 and config.get("guidance_embeds"):
-            raise ValueError(
-                f"guidance is distilled into this {type(self.teacher.pipe).__name__}: set teacher_guidance_scale=1.0"
-            )
+        check_guidance(args, self.teacher)
         continuous = args.loss_type == "consistency" and args.consistency == "continuous"
         if continuous and model.family.prediction != "flow":
             raise ValueError(

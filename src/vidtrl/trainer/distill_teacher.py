@@ -16,6 +16,35 @@ from ..data import VideoDataset
 from ..data.store import write_atomic
 from ..models import Condition, VideoModel
 from .checkpoint import weights_fingerprint
+from .distill_config import VideoDistillConfig
+
+
+def check_student(model: VideoModel) -> None:
+    """
+    Refuse a model that no student can be made of.
+
+    Raises:
+        `ValueError`: If it has two denoisers.
+    """
+    if len(model.denoisers) > 1:
+        raise ValueError(
+            f"{type(model.pipe).__name__} has two experts here, which one few-step student cannot follow: distil a model "
+            "with one denoiser, such as Wan 2.1 or Wan 2.2 5B"
+        )
+
+
+def check_guidance(args: VideoDistillConfig, teacher: VideoModel) -> None:
+    """
+    Refuse guidance of a teacher that has it built in.
+
+    Raises:
+        `ValueError`: If it would be applied twice.
+    """
+    config = next(iter(teacher.denoisers.values())).config
+    if args.teacher_guidance_scale != 1.0 and config.get("guidance_embeds"):
+        raise ValueError(
+            f"guidance is distilled into this {type(teacher.pipe).__name__}: set teacher_guidance_scale=1.0"
+        )
 
 
 def load_teacher(

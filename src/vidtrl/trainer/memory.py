@@ -25,7 +25,8 @@ from .base_config import VideoTrainingConfig
 from .distill_config import VideoDistillConfig
 from .grpo_config import VideoGRPOConfig
 from .lora import repeated_blocks
-from .memory_steps import Phase, Run, trace_run
+from .memory_run import Phase, Run
+from .memory_steps import trace_run
 from .sft_config import VideoSFTConfig
 
 

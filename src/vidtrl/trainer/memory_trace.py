@@ -7,7 +7,9 @@ device would hold.
 """
 
 import contextlib
+import copy
 import os
+import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -21,9 +23,15 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import BatchEncoding
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -101,15 +109,112 @@ class MemoryTrace(TorchDispatchMode):
         self._compare()
 
 
+class KnownValues(FakeTensorMode):
+    """
+    Fake tensors of which the small ones have their values as well, where these follow from real tensors and constants alone.
+
+    Masks and indices do, whatever the weights are, so a model may decide by them what it computes: by how many text tokens a
+    mask lets through, or by whether there is an image.
+    """
+
+    largest = 2**24  # values of a tensor that are kept
+
+    def __init__(self):
+        super().__init__(allow_non_fake_inputs=True)
+        self._values: dict[Tensor, Tensor] = WeakTensorKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.index.Tensor:  # a known mask says how many there will be, also of unknown values
+            args = args[0], self._positions(args[1])
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        known = all(self._value(x) is not None for x in tensors) and not self._arbitrary(func, tensors)
+        values = tree_map(lambda x: self._value(x) if isinstance(x, Tensor) else x, (args, kwargs))
+        try:
+            found = super().__torch_dispatch__(func, types, args, kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            if not known:
+                raise
+            real = func(*values[0], **values[1])
+            found = tree_map(lambda x: self.from_tensor(x) if isinstance(x, Tensor) else x, real)
+            self._keep(found, real)
+            return found
+        if known and all(x.numel() <= self.largest for x in tree_leaves(found) if isinstance(x, Tensor)):
+            self._keep(found, func(*values[0], **values[1]))
+        elif func._schema.is_mutable:
+            self._forget(tensors)
+        return found
+
+    def _value(self, tensor: Tensor) -> Tensor | None:
+        if isinstance(tensor, FakeTensor):
+            return self._values.get(tensor)
+        return tensor if tensor.device.type == "cpu" and tensor.numel() <= self.largest else None
+
+    @staticmethod
+    def _arbitrary(func, tensors: list[Tensor]) -> bool:
+        """Whether the result is random or uninitialised, or in a real tensor, which would be written to twice."""
+        writes = func._schema.is_mutable and not all(isinstance(x, FakeTensor) for x in tensors)
+        return writes or torch.Tag.nondeterministic_seeded in func.tags or "empty" in func.name()
+
+    def _positions(self, indices: list[Tensor | None]) -> list[Tensor | None]:
+        """Indices with the positions of what a mask lets through instead of the mask, where it is known."""
+        found = []
+        for index in indices:
+            value = self._value(index) if index is not None and index.dtype == torch.bool else None
+            found += [index] if value is None else [self.from_tensor(i) for i in value.nonzero(as_tuple=True)]
+        return found
+
+    def _keep(self, found: Any, real: Any) -> None:
+        for fake, value in zip(tree_leaves(found), tree_leaves(real), strict=True):
+            if isinstance(fake, FakeTensor):
+                self._values[fake] = value
+
+    def _forget(self, tensors: Iterable[Tensor]) -> None:
+        """What was written to with unknown values is unknown, as are all views of it."""
+        written = {v.untyped_storage().data_ptr() for v in map(self._values.get, tensors) if v is not None}
+        for fake, value in list(self._values.items()):
+            if value.untyped_storage().data_ptr() in written:
+                del self._values[fake]
+
+
 class PaddedTokenizer:
-    """Stands in for a tokenizer whose files were not fetched: every text has the largest number of tokens."""
+    """
+    Stands in for a tokenizer whose files were not fetched: every text has the largest number of tokens.
+
+    Attributes:
+        markers (`dict[str, int]`): What pipelines look for in a text, and their tokens.
+    """
 
     model_max_length = 512
 
-    def __call__(self, text, max_length: int | None = None, **kwargs) -> BatchEncoding:
-        number = 1 if isinstance(text, str) else len(text)
-        ids = torch.ones(number, max_length or self.model_max_length, dtype=torch.long)
+    def __init__(self):
+        self.markers = {"<|end_header_id|>": 2}
+
+    def __call__(self, text, max_length: int | None = None, padding: bool | str = True, **kwargs) -> BatchEncoding:
+        texts = [text] if isinstance(text, str) else text
+        # without a limit "longest" is asked for to see what was truncated: nothing
+        length = max_length or (1 if padding == "longest" else self.model_max_length)
+        ids = torch.ones(len(texts), length, dtype=torch.long)
+        for row, one in zip(ids, texts, strict=True):
+            found = [self.markers[name] for name in re.findall("|".join(map(re.escape, self.markers)), one)]
+            if found:  # as the last ones, where a pipeline expects the end of its template
+                row[-len(found) :] = torch.tensor(found)
         return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+    def apply_chat_template(self, conversations, tokenize: bool = True, **kwargs) -> BatchEncoding | str:
+        return self([""] * len(conversations), **kwargs) if tokenize else ""
+
+    def encode(self, text: str, **kwargs) -> list[int]:
+        return [1] * len(text.split())
+
+    def decode(self, ids, **kwargs) -> str:
+        return ""
+
+    def batch_decode(self, ids, **kwargs) -> list[str]:
+        return [""] * len(ids)
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return self.markers[token]
 
 
 def pipeline_skeleton(
@@ -130,30 +235,35 @@ def pipeline_skeleton(
         `ValueError`: If nothing can be read from there, or the family is not supported.
     """
     if isinstance(model, DiffusionPipeline):
-        cls, parts = type(model), dict(model.components)
-        options = {name: value for name, value in model.config.items() if name not in parts and name[0] != "_"}
+        parts = dict(model.components)
         for name, part in parts.items():
             if isinstance(part, nn.Module):
                 parts[name] = _empty_like(part)
                 dtypes = {n: p.dtype for n, p in part.named_parameters()}
                 _materialise(parts[name], fake, lambda n, p, d=dtypes: d.get(n, p.dtype))
-    else:
-        path = os.fspath(model)
-        index = pipeline_index(path, **hub)
-        cls, parts, options = getattr(diffusers, index["_class_name"]), {}, {}
-        for name, value in index.items():
-            if name.startswith("_"):
-                continue
-            if not isinstance(value, (list, tuple)):
-                options[name] = value
-                continue
-            parts[name] = None if value[0] is None else _component(path, name, *value, hub)
-            if isinstance(parts[name], nn.Module):
-                kept = set(getattr(parts[name], "_keep_in_fp32_modules", None) or ())
-                # transformers keeps its own list in float32 for float16 only
-                kept = kept if isinstance(parts[name], diffusers.ModelMixin) or dtype == torch.float16 else set()
-                rule = lambda n, p, kept=kept: torch.float32 if kept & set(n.split(".")) else dtype  # noqa: E731
-                _materialise(parts[name], fake, rule)
+        pipe = copy.copy(model)  # with what its user has set, such as a number of tokens
+        pipe.register_modules(**parts)
+        return pipe
+    path = os.fspath(model)
+    index = pipeline_index(path, **hub)
+    cls, parts, options = getattr(diffusers, index["_class_name"]), {}, {}
+    for name, value in index.items():
+        if name.startswith("_"):
+            continue
+        if not isinstance(value, (list, tuple)):
+            options[name] = value
+            continue
+        parts[name] = None if value[0] is None else _component(path, name, *value, hub)
+        if isinstance(parts[name], nn.Module):
+            kept = set(getattr(parts[name], "_keep_in_fp32_modules", None) or ())
+            # transformers keeps its own list in float32 for float16 only
+            kept = kept if isinstance(parts[name], diffusers.ModelMixin) or dtype == torch.float16 else set()
+            rule = lambda n, p, kept=kept: torch.float32 if kept & set(n.split(".")) else dtype  # noqa: E731
+            _materialise(parts[name], fake, rule)
+    image_token = getattr(getattr(parts.get("text_encoder"), "config", None), "image_token_index", None)
+    for part in parts.values():
+        if isinstance(part, PaddedTokenizer) and image_token is not None:
+            part.markers["<image>"] = image_token
     return cls(**parts, **options)
 
 
@@ -240,7 +350,7 @@ def stubbed_encoders(model: VideoModel) -> Iterator[None]:
 
 
 def _encoder_stub(module: nn.Module):
-    config = module.config
+    config = module.config.get_text_config()  # of a model that reads images as well
     width, depth = config.hidden_size, config.num_hidden_layers
 
     def forward(input_ids: Tensor | None = None, pixel_values: Tensor | None = None, **kwargs):
