@@ -304,6 +304,7 @@ def test_curves_of_a_log():
 def test_layout_skips_points_that_are_not_finite():
     chart = layout({"a": [(0, 1.0), (1, math.inf), (2, math.nan), (3, 2.0)], "empty": []})
     assert chart["lines"][0]["path"].count("L") == 1 and chart["lines"][1]["path"] == ""
+    assert json.loads(chart["data"])["lines"] == [["a", [[0, 1], [3, 2]]], ["empty", []]]
     assert layout({"flat": [(0, 1.0), (5, 1.0)]})["lines"][0]["end"] is not None
 
 
@@ -472,6 +473,56 @@ def test_page_plays_and_fits(report, browser, width):
     assert max(heights) <= 6 * 16 * 1.5 and len(heights) >= 14
     browser.evaluate("document.querySelector('details').open = true; scrollTo(0, document.body.scrollHeight)")
     assert probe(browser)["wide"] == 0 and browser.errors == []
+
+
+TIP = """(() => {
+  const chart = document.querySelectorAll(".chart")[INDEX], tip = chart.querySelector("output"), box = tip.getBoundingClientRect();
+  return JSON.stringify({shown: !tip.hidden, lines: [...tip.children].map((line) => line.innerText.split(/\\s+/).join(" ")),
+    marks: [...chart.querySelectorAll(".mark")].map((m) => [Number(m.getAttribute("cx")), Number(m.getAttribute("cy"))]),
+    inside: box.left >= 0 && box.right <= document.documentElement.clientWidth});
+})()"""
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [375, 1440])
+def test_charts_show_their_values(report, browser, width):
+    """Under the pointer, at a touch and by the arrow keys; the values are those of the data at the nearest step."""
+    browser.open(report.as_uri(), width)
+    browser.evaluate("document.querySelector('#curves').scrollIntoView()")
+
+    def tip(index):
+        return json.loads(browser.evaluate(TIP.replace("INDEX", str(index))))
+
+    def move(index, share):
+        box = json.loads(
+            browser.evaluate(
+                f"JSON.stringify(document.querySelectorAll('.chart svg')[{index}].getBoundingClientRect())"
+            )
+        )
+        x, y = box["x"] + share * box["width"], box["y"] + box["height"] / 2
+        browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    assert not tip(0)["shown"] and not tip(1)["shown"]
+    move(0, 0.3)  # of two lines both have a value at 0, and the nearer one is chosen
+    assert tip(0)["lines"] == ["step 0", "a 1", "b 0.5"] and len(tip(0)["marks"]) == 2 and tip(0)["inside"]
+    move(0, 0.9)
+    assert tip(0)["lines"] == ["step 20", "a 0.25"] and len(tip(0)["marks"]) == 1 and tip(0)["inside"]
+    ends = "[...document.querySelectorAll('.chart')[0].querySelectorAll('circle:not(.mark)')]"
+    ends = browser.evaluate(f"JSON.stringify({ends}.map((c) => [+c.getAttribute('cx'), +c.getAttribute('cy')]))")
+    assert tip(0)["marks"][0] == pytest.approx(json.loads(ends)[1], abs=0.1)  # where the server drew the point
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=2, y=2)
+    assert not tip(0)["shown"] and tip(0)["marks"] == []
+
+    browser.evaluate("document.querySelector('.chart svg').previousElementSibling.scrollIntoView()")
+    browser.evaluate("document.querySelectorAll('.chart svg')[1].focus({focusVisible: true})")
+    assert tip(1)["lines"] == ["sigma 0.9", "step 20 9"] and tip(1)["inside"]
+    browser.key("ArrowLeft", 37)
+    assert tip(1)["lines"] == ["sigma 0.8", "step 20 8"]
+    browser.key("Home", 36)
+    browser.key("ArrowLeft", 37)
+    assert tip(1)["lines"] == ["sigma 0.1", "step 20 1"]
+    assert browser.evaluate("document.activeElement.blur()") is None and not tip(1)["shown"]
+    assert browser.errors == [] and probe(browser)["wide"] == 0
 
 
 @needs_chromium

@@ -1,5 +1,6 @@
 """Line charts as plain numbers for the template, which draws them as inline SVG."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 
@@ -47,8 +48,8 @@ def layout(series: Mapping[str, Sequence[tuple[float, float]]]) -> dict:
             left out; a series without any keeps its legend entry.
 
     Returns:
-        `dict`: `width`, `height`, the plot frame, `x_ticks`, `y_ticks` (position, label) and `lines`
-        (name, SVG path, end point).
+        `dict`: `width`, `height`, the plot frame, `x_ticks`, `y_ticks` (position, label), `lines` (name, SVG path, end
+        point), and `data` for the page's script as JSON: the values at the frame's ends, and each line's name and points.
     """
     clean = {
         name: [(float(x), float(y)) for x, y in points if math.isfinite(x) and math.isfinite(y)]
@@ -79,6 +80,13 @@ def layout(series: Mapping[str, Sequence[tuple[float, float]]]) -> dict:
         "x_ticks": [(round(to_x(x), 1), tick_label(x)) for x in x_ticks if x_low <= x <= x_high],
         "y_ticks": [(round(to_y(y), 1), tick_label(y)) for y in y_ticks],
         "lines": lines,
+        "data": json.dumps(
+            {
+                "x": [x_low, x_high],
+                "y": [y_low, y_high],
+                "lines": [[name, [[x, float(f"{y:.6g}")] for x, y in points]] for name, points in clean.items()],
+            }
+        ),
     }
 
 

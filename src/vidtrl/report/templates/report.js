@@ -7,6 +7,66 @@ const make = (tag, properties = {}, ...children) => {
 };
 document.body.classList.add("scripted");
 
+// ---- charts: the values at the nearest step, under the pointer or, with a focused chart, by the arrow keys
+const spell = (value) => String(parseFloat(value.toPrecision(4))).replace("-", "−");
+for (const svg of document.querySelectorAll(".chart svg")) {
+  const { x: [xLow, xHigh], y: [yLow, yHigh], lines } = JSON.parse(svg.dataset.points);
+  const [left, right, top, bottom] = JSON.parse(svg.dataset.frame);
+  const steps = [...new Set(lines.flatMap(([, points]) => points.map(([x]) => x)))].sort((a, b) => a - b);
+  if (!steps.length) continue;
+  const toX = (x) => left + (x - xLow) / (xHigh - xLow) * (right - left);
+  const toY = (y) => bottom - (y - yLow) / (yHigh - yLow) * (bottom - top);
+  const draw = (tag, attributes) => {
+    const element = document.createElementNS(svg.namespaceURI, tag);
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+    return element;
+  };
+  const marks = draw("g", {}), tip = make("output", { hidden: true });
+  let at = steps.length - 1;
+  const hide = () => { tip.hidden = true; marks.replaceChildren(); };
+  const show = (index) => {
+    at = Math.min(Math.max(index, 0), steps.length - 1);
+    const x = toX(steps[at]);
+    marks.replaceChildren(draw("line", { class: "cursor", x1: x, x2: x, y1: top, y2: bottom }));
+    tip.replaceChildren(make("div", { textContent: `${svg.dataset.x} ${String(parseFloat(steps[at].toPrecision(6))).replace("-", "−")}` }));
+    lines.forEach(([name, points], k) => {
+      const point = points.find(([value]) => value === steps[at]);
+      if (!point) return;
+      marks.append(draw("circle", { class: `mark f${k}`, cx: x, cy: toY(point[1]), r: 4 }));
+      tip.append(make("div", {}, make("i", { className: `b${k}` }), make("span", { textContent: name }), make("b", { textContent: spell(point[1]) })));
+    });
+    tip.hidden = false;
+    // beside the cursor, on the side with more room
+    const scale = svg.clientWidth / svg.viewBox.baseVal.width, isLeft = x < (left + right) / 2;
+    tip.style.top = `${svg.getBoundingClientRect().top - tip.parentElement.getBoundingClientRect().top + top * scale}px`;
+    tip.style.left = isLeft ? `${x * scale + 8}px` : "auto";
+    tip.style.right = isLeft ? "auto" : `${tip.parentElement.clientWidth - x * scale + 8}px`;
+  };
+  const point = (event) => {
+    const box = svg.getBoundingClientRect();
+    const x = (event.clientX - box.left) / box.width * svg.viewBox.baseVal.width;
+    const distances = steps.map((step) => Math.abs(toX(step) - x));
+    show(distances.indexOf(Math.min(...distances)));
+  };
+  svg.append(marks);
+  svg.after(tip);
+  svg.querySelectorAll("title").forEach((title) => title.remove());  // the browser's own tooltip would lie over this one
+  svg.setAttribute("tabindex", 0);
+  svg.addEventListener("pointermove", point);
+  svg.addEventListener("pointerdown", point);
+  svg.addEventListener("pointerleave", () => { if (document.activeElement !== svg) hide(); });
+  svg.addEventListener("focus", () => { if (svg.matches(":focus-visible")) show(at); });
+  svg.addEventListener("blur", hide);
+  svg.addEventListener("keydown", (event) => {
+    const target = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: steps.length - 1 }[event.key];
+    if (event.key === "Escape") hide();
+    else if (target !== undefined) show(target);
+    else return;
+    event.preventDefault();
+    event.stopPropagation();
+  });
+}
+
 // ---- the results table: a click on a heading sorts, missing values stay last
 for (const table of document.querySelectorAll("table.results")) {
   const body = table.tBodies[0];
