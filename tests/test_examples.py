@@ -317,7 +317,7 @@ def test_smoke_judged_grpo(tmp_path):
     address = config["reward_funcs"][0]
     assert f"Serving get_judge on {address}" in said
     scores = pandas.read_parquet(next((out / "completions").glob("*.parquet")))
-    assert len(scores) == 4 and scores["remote"].between(0, 1).all() and scores["remote"].nunique() > 1
+    assert len(scores) == 4 and scores["get_judge"].between(0, 1).all() and scores["get_judge"].nunique() > 1
     assert {"motion-magnitude", "temporal-smoothness", "no_cuts"} < set(scores.columns)
     with pytest.raises(RewardUnavailable):
         get_reward(address).check()

@@ -234,7 +234,7 @@ def test_scores_equal_the_local_function_bit_for_bit(dtype):
         got = runner.collect(runner.submit(prompts, videos, columns, state))
         runner.close()
     assert got.equal(want) or (got.isnan().equal(want.isnan()) and got[~got.isnan()].equal(want[~want.isnan()]))
-    assert runner.names == ["remote"] and got[4].isnan() and got.isnan().sum() == 1
+    assert runner.names == ["awkward"] and got[4].isnan() and got.isnan().sum() == 1
     assert runner.extra == {"first": [float(x) for x in local.extra["first"]]}
     assert max(runner.metrics["largest"]) == local.metrics["largest"][0] and len(runner.metrics["largest"]) == 3
     exact = here.collect(here.submit(prompts, videos, columns, state))
@@ -574,7 +574,7 @@ def test_a_runner_that_gives_up_cuts_the_connection():
         return mean(videos)
 
     with RewardServer({"held": held}) as server:
-        reward = RemoteReward(server.url, batch_size=1)
+        reward = RemoteReward(server.url, name="slow", batch_size=1)
         runner = RewardRunner(reward, timeout=0.3)
         with pytest.raises(RewardError, match=r"no result after 0.3 s"):
             runner.collect(runner.submit(PROMPTS, VIDEOS))
@@ -604,7 +604,7 @@ def test_an_error_of_the_function_follows_the_runners_policy(caplog):
         rewards = runner.collect(runner.submit(PROMPTS, VIDEOS))
         assert rewards.isnan().flatten().tolist() == [i == 3 for i in range(6)] and runner.num_skipped == 1
         runner.on_error = "raise"
-        with pytest.raises(RewardError, match=r"'remote' failed on video 3 of 6 \(prompt 'p3'\): .*KeyError"):
+        with pytest.raises(RewardError, match=r"'picky' failed on video 3 of 6 \(prompt 'p3'\): .*KeyError"):
             runner.collect(runner.submit(PROMPTS, VIDEOS))
         runner.close()
         status, answer, _ = send(server.url, body_of("x", n=5))
@@ -1037,13 +1037,29 @@ def test_https(tmp_path, monkeypatch):
 # ---- Names, files and options ----
 
 
+def test_a_reward_without_a_name_has_the_servers():
+    with RewardServer({"mean": mean}) as one, RewardServer({"picky": picky}) as two:
+        runner = RewardRunner([one.url, two.url, RemoteReward(one.url), RemoteReward(one.url, name="mine")])
+        assert runner.names == ["mean", "picky", "mean_2", "mine"]
+        rewards = runner.collect(runner.submit(PROMPTS[:2], VIDEOS[:2]))
+        runner.close()
+        assert rewards.shape == (2, 4) and rewards[:, 0].equal(rewards[:, 2])
+        gone = RemoteReward(one.url, max_retries=0)
+    with pytest.raises(RewardUnavailable, match="no answer from"):  # and not another name than with the server
+        RewardRunner(gone)
+    with RewardServer({"mean": mean, "picky": picky}) as both:
+        with pytest.raises(RewardUnavailable, match="serves mean, picky; one has to be named"):
+            RewardRunner(both.url)
+
+
 def test_urls_name_a_server_a_reward_and_replicas():
     reward = RemoteReward("http://a:8000, https://b/judge/#motion")
     assert [(r.host, r.port, r.prefix, r.is_https) for r in reward.replicas] == [
         ("a", 8000, "", False), ("b", 443, "/judge", True)
     ]  # fmt: skip
     assert reward.reward == reward.__name__ == "motion" and RemoteReward("http://a", name="j").__name__ == "j"
-    assert RewardRunner(["http://a:8000#motion", "http://a:8000"]).names == ["motion", "remote"]
+    same = ["http://a:8000#motion", "http://b:8000#motion", RemoteReward("http://a:8000", name="judge")]
+    assert RewardRunner(same).names == ["motion", "motion_2", "judge"]
     for url, message in (
         ("http://a:1#x,http://b:1#y", "replicas serve one reward, not x, y"),
         ("http://a:1,http://a:1", "different addresses"),

@@ -104,7 +104,8 @@ class RemoteReward:
             `SSL_CERT_FILE`. Proxies are not used.
         reward (`str`, *optional*): Name of the reward on the server. Default: what stands after `#` in the URL, or the
             server's only one.
-        name (`str`, *optional*): Under which the reward is logged here. Default: `reward`, or else `"remote"`.
+        name (`str`, *optional*): Under which the reward is logged here. Default: `reward`, or else what the server calls its
+            only one, for which it is asked when a trainer or runner takes this reward.
         token (`str`, *optional*): The server's secret. Default: the environment variable `VIDTRL_REWARD_TOKEN`.
         columns (`list[str]`, *optional*): Dataset columns that are sent. Default: all. They may hold what JSON holds, or PIL
             images (L, LA, RGB or RGBA, `None` between them), which arrive as such and bit for bit.
@@ -158,7 +159,7 @@ class RemoteReward:
             )
         self.replicas = [_replica(one) for one in urls]
         self.reward = named.pop() if named else None
-        self.__name__ = name or self.reward or "remote"
+        self._name = name or self.reward
         token = os.environ.get(TOKEN_VARIABLE) if token is None else token
         if token and not (token.isascii() and token.isprintable() and " " not in token):
             raise ValueError("the token must be printable ASCII without spaces: check VIDTRL_REWARD_TOKEN")
@@ -178,6 +179,13 @@ class RemoteReward:
 
     def __repr__(self):
         return f"RemoteReward({[replica.url for replica in self.replicas]}, reward={self.reward!r})"
+
+    @property
+    def __name__(self) -> str:
+        """Under which it is logged. Raises as `check` where the server has to be asked."""
+        if self._name is None:
+            (self._name,) = self.check()
+        return self._name
 
     def check(self) -> list[str]:
         """
