@@ -182,6 +182,18 @@ def test_paths_stay_inside_the_root(tmp_path, folder):
         stream = standardize_columns(Dataset.from_list(rows).to_iterable_dataset(), root=inside)
         with pytest.raises(ValueError, match="leaves the dataset's directory"):
             list(stream)
+        struct = [{"video": {"path": row["file_name"], "bytes": None}, "prompt": row["prompt"]} for row in rows]
+        typed = Dataset.from_list(struct).cast_column("video", Video(decode=False))
+        for dataset in (struct, typed, typed.to_iterable_dataset()):
+            with pytest.raises(ValueError, match="leaves the dataset's directory"):
+                list(standardize_columns(dataset, root=inside))
+            assert list(standardize_columns(dataset))[1]["video"]["path"] == bad  # without a root it is the user's own
+    held = [{"video": {"path": "/elsewhere/a.mp4", "bytes": (inside / "ok.mp4").read_bytes()}, "prompt": "a"}]
+    held = Dataset.from_list(held).cast_column("video", Video(decode=False))
+    assert standardize_columns(held, root=inside)[0]["video"] == held[0]["video"]  # nothing is read from there
+    near = Dataset.from_list([{"video": {"path": "ok.mp4", "bytes": None}, "prompt": "a"}])
+    near = standardize_columns(near.cast_column("video", Video(decode=False)), root=inside)
+    assert near[0]["video"] == {"path": str(inside / "ok.mp4"), "bytes": None}
     good = [{"file_name": str(inside / "ok.mp4"), "prompt": "a"}, {"file_name": "./x/../ok.mp4", "prompt": "b"}]
     assert [row["video"] for row in standardize_columns(good, root=inside)] == [str(inside / "ok.mp4")] * 2
     with pytest.raises(ValueError, match="is a URL"):

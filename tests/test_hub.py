@@ -225,6 +225,21 @@ def test_private_repositories(hub, run, tmp_path):  # noqa: F811
     assert not hub.repo("lab/open").private
 
 
+def test_what_is_meant_to_be_private_is_not_published(hub, run, tmp_path):  # noqa: F811
+    push_to_hub(run, "me/open")
+    before = hub.repo("me/open").messages.copy()
+    with pytest.raises(ValueError, match=f"me/open is there already and public.*{hub.url}/me/open/settings"):
+        push_to_hub(run, "me/open", private=True)
+    assert hub.repo("me/open").messages == before
+    push_to_hub(run, "me/secret", private=True)
+    push_to_hub(run, "me/secret", private=True)  # as it is
+    push_to_hub(run, "me/secret")
+    assert hub.repo("me/secret").private
+    hub.put("me/clips", {}, "dataset")
+    with pytest.raises(ValueError, match=f"{hub.url}/datasets/me/clips/settings"):
+        push_sft([{"prompt": "a", "video": clip(tmp_path / "a.mp4")}], "me/clips", private=True)
+
+
 def test_permissions_say_what_to_do(hub, run):  # noqa: F811
     with pytest.raises(HubError, match=r"hf auth login.*\(401\)"):
         push_to_hub(run, "me/x", token="hf_NobodyHasThisToken99")
@@ -679,6 +694,24 @@ def test_commands(hub, run, completions, tmp_path, monkeypatch, capfd):  # noqa:
     assert main(["pull", "me/log", "log", "--dataset"]) == 0
     assert len(list((tmp_path / "log").rglob("*.mp4"))) == 2
     capfd.readouterr()
+
+    assert main(["pull", "me/wan-sft"]) == 0  # again
+    other = tmp_path / "other" / "wan-sft"
+    other.mkdir(parents=True)
+    (other / WEIGHTS).write_bytes(b"mine")
+    monkeypatch.chdir(other.parent)
+    capfd.readouterr()
+    assert main(["pull", "me/wan-sft"]) == 2
+    error = capfd.readouterr().err
+    assert "'wan-sft' is here already" in error and "vidtrl pull me/wan-sft DIR" in error
+    assert (other / WEIGHTS).read_bytes() == b"mine" and len(list(other.iterdir())) == 1
+    assert main(["pull", "me/wan-sft", "wan-sft"]) == 0  # it was named
+    assert (other / WEIGHTS).read_bytes() == (run / WEIGHTS).read_bytes()
+    monkeypatch.chdir(tmp_path)
+    capfd.readouterr()
+    hub.put("lab/wan-sft", {WEIGHTS: b"another"})
+    assert main(["pull", "lab/wan-sft"]) == 2  # the same name, from somebody else
+    assert "not from an earlier pull of lab/wan-sft" in capfd.readouterr().err
 
     assert main(["push", str(run), "wan-sft", "--steps", "1"]) == 2
     assert "for rollouts" in capfd.readouterr().err

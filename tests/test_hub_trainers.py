@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ import sft_setup  # noqa: E402
 from hub_server import ME, card_data, card_problems, hub  # noqa: E402, F401
 from tiny_pipelines import wan, wan22  # noqa: E402
 
+from vidtrl.cli.sft import fit  # noqa: E402
 from vidtrl.hub import HubError, pull_from_hub, push_to_hub, upload  # noqa: E402
 
 
@@ -170,6 +172,17 @@ def test_branch_and_privacy(hub, clips, cache_dir, tmp_path):  # noqa: F811
     assert repo.refs["try-1"] in str(commit)
     job = trainer.push_to_hub(blocking=False, revision="try-1", commit_message="again")
     assert job.result(timeout=60) is not None
+    hub.put("me/open", {})
+    with pytest.raises(ValueError, match="me/open is there already and public"):  # before training
+        pushing(tmp_path, clips, cache_dir, hub_model_id="me/open", hub_private_repo=True)
+
+
+def test_a_command_pushes_once_at_its_end(hub, clips, cache_dir, tmp_path):  # noqa: F811
+    trainer = pushing(tmp_path, clips, cache_dir, hub_strategy="end")
+    before = len(hub.repo("me/wan-sft").messages)
+    assert fit(trainer, SimpleNamespace(dataset_name=str(tmp_path))) == 0
+    assert hub.repo("me/wan-sft").messages[before:] == ["End of training"]
+    assert hub.repo("me/wan-sft").files()[WEIGHTS] == (tmp_path / "run" / WEIGHTS).read_bytes()
 
 
 def test_full_weights_and_two_experts(hub, clips, cache_dir, tmp_path):  # noqa: F811

@@ -4,9 +4,14 @@ A connection that drops is taken up where it broke. Files that are complete are 
 """
 
 import argparse
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
-from .errors import Parser
+from .errors import Parser, UserError
+
+
+MARK = Path(".cache", "vidtrl.json")  # in the folder, beside the client's own notes: what was pulled into it
 
 
 def make_parser() -> Parser:
@@ -25,12 +30,29 @@ def run(argv: Sequence[str]) -> int:
     args = make_parser().parse_args(argv)
     from ..hub import pull_from_hub
 
-    path = pull_from_hub(
-        args.repo,
-        args.directory or args.repo.rsplit("/", 1)[-1],
-        repo_type="dataset" if args.dataset else "model",
-        revision=args.revision,
-        checkpoints=args.checkpoints,
-    )
+    repo_type = "dataset" if args.dataset else "model"
+    directory = Path(args.directory or args.repo.rsplit("/", 1)[-1])
+    mark, this = directory / MARK, {"repo": args.repo, "type": repo_type}
+    if args.directory is None:
+        refuse_other(directory, mark, this)
+    try:
+        path = pull_from_hub(
+            args.repo, directory, repo_type=repo_type, revision=args.revision, checkpoints=args.checkpoints
+        )
+    finally:  # one that broke off goes on as well
+        if args.directory is None and directory.is_dir():
+            mark.parent.mkdir(exist_ok=True)
+            mark.write_text(json.dumps(this), encoding="utf-8")
     print(path)
     return 0
+
+
+def refuse_other(directory: Path, mark: Path, this: dict[str, str]) -> None:
+    """What is in a folder that nobody has named stays as it is, unless it came from the same repository."""
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    if not mark.is_file() or json.loads(mark.read_text(encoding="utf-8")) != this:
+        raise UserError(
+            f"{str(directory)!r} is here already, and not from an earlier pull of {this['repo']}: name another folder, as in "
+            f"`vidtrl pull {this['repo']} DIR` (or this one, to download into it)"
+        )

@@ -22,7 +22,11 @@ def make_parser() -> Parser:
     parser = Parser(prog="vidtrl push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", metavar="DIR", help="what was saved; also one checkpoint of a run")
     parser.add_argument("repo", metavar="REPO", help="NAME or OWNER/NAME; created if missing")
-    parser.add_argument("--private", action="store_true", help="a repository that is created is private")
+    parser.add_argument(
+        "--private",
+        action="store_true",
+        help="a repository that is created is private; one that is public already is an error",
+    )
     parser.add_argument("--revision", help="branch; created if missing (default: main)")
     parser.add_argument("--message", help="title of the commit")
     parser.add_argument("--kind", choices=KINDS, help="what it is (default: as its files say)")

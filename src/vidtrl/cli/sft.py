@@ -304,10 +304,11 @@ def fit(trainer, script_args: ScriptArguments) -> int:
         if trainer.is_local_process_zero() and not args.disable_tqdm:
             print(file=sys.stderr)  # the progress bar has not ended its line
         raise
-    trainer.save_model(args.output_dir)
-    if args.push_to_hub:
+    if args.push_to_hub:  # saves as well, and save_model would push as well
         local = Path(script_args.dataset_name).expanduser().exists()
         trainer.push_to_hub(dataset_name=None if local else script_args.dataset_name)
+    else:
+        trainer.save_model(args.output_dir)
     trainer.end()
     return 0
 

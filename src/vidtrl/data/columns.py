@@ -34,7 +34,8 @@ def standardize_columns(dataset, *, root: str | os.PathLike | None = None, promp
 
     Args:
         dataset (`datasets.Dataset`, `datasets.IterableDataset` or list of `dict`): One split.
-        root (`str` or `PathLike`, *optional*): Directory of relative paths in a text column; paths must stay inside it.
+        root (`str` or `PathLike`, *optional*): Directory of relative paths in the data, also of videos and images of which it has
+            no bytes; they must stay inside it.
         prompts_only (`bool`, *optional*, defaults to `False`): For data without videos (GRPO, distillation).
 
     Returns:
@@ -193,17 +194,19 @@ def _rename(dataset, columns, old, new):
 
 
 def _undecoded(dataset, column, root):
-    """Videos and images as `{"path", "bytes"}`; text paths checked against `root`."""
+    """Videos and images as `{"path", "bytes"}`; paths of files that are to be read are checked against `root`."""
     as_is = column == "image" and root is None  # paths are read when, and if, a model needs them
     if isinstance(dataset, (list, tuple)):
         return dataset if as_is else [{**row, column: _resolve(row.get(column), root)} for row in dataset]
     feature = (dataset.features or {}).get(column)
     if isinstance(feature, (Video, Image)):
         dataset = dataset.cast_column(column, type(feature)(decode=False))
-        if not isinstance(dataset, IterableDataset):
+        if isinstance(dataset, IterableDataset):
+            # what streams from the Hub or an archive has the path of a remote file: read it when its row is asked for
+            dataset = dataset.map(_fetched, fn_kwargs={"column": column}, features=dataset.features)
+        if root is None:
             return dataset
-        # what streams from the Hub or an archive has the path of a remote file: read it when its row is asked for
-        return dataset.map(_fetched, fn_kwargs={"column": column}, features=dataset.features)
+        return dataset.map(lambda row: {column: _resolve(row[column], root)}, features=dataset.features)
     if isinstance(feature, List) and isinstance(feature.feature, Image):  # frames: decoded when a clip is read
         return dataset.cast_column(column, List(Image(decode=False)))
     if as_is:

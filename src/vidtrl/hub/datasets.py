@@ -61,7 +61,8 @@ def push_rollouts(
             the feature `Image`, hold images (a path, bytes, `{"path", "bytes"}` or PIL), or `None`.
         repo_id (`str`): `"name"` or `"organisation/name"`; created if missing.
         steps (`Iterable[int]`, *optional*): Only these steps.
-        private (`bool`, *optional*): Of a repository that is created. Default: as the account says.
+        private (`bool`, *optional*): Of a repository that is created; one that exists has to be private then. Default: as the
+            account says.
         token (`str`, *optional*): Default: `HF_TOKEN`, or the one `hf auth login` stored.
         revision (`str`, *optional*): Branch; created if missing. Default: `main`.
         commit_message (`str`, *optional*): Title of the commit.

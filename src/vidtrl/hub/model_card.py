@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HTTPError
 from transformers.utils import logging
 
+from ..models.loading import looks_like_hub_id
 from ..trainer.lora import ADAPTER_FILE, EXPERT_FILES, BaseAdapter
 from .run_summary import method_and_paper
 
@@ -161,7 +162,7 @@ def build_model_card(
 
 def is_hub_id(name: str) -> bool:
     """Whether a model's name is a repository's and not a path."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not os.path.exists(name)
+    return looks_like_hub_id(name) and not os.path.exists(name)
 
 
 def licence_of(base_model: str, token: str | None = None) -> dict[str, str]:
@@ -254,4 +255,4 @@ def last_validation_videos(output_dir: str | os.PathLike) -> list[dict[str, str]
         return []
     prompts = json.loads(runs[-1].read_text())
     folder = runs[-1].parent.relative_to(output_dir)
-    return [{"path": str(folder / name), "prompt": prompt} for name, prompt in prompts.items()]
+    return [{"path": (folder / name).as_posix(), "prompt": prompt} for name, prompt in prompts.items()]

@@ -78,7 +78,8 @@ def push_to_hub(
         directory (`str` or `PathLike`): What to upload; also one checkpoint.
         repo_id (`str`): `"name"` or `"organisation/name"`; created if missing.
         repo_type (`str`, *optional*): `"model"` or `"dataset"`. Default: `"dataset"` for a folder with such a file.
-        private (`bool`, *optional*): Of a repository that is created. Default: as the account says.
+        private (`bool`, *optional*): Of a repository that is created; one that exists has to be private then. Default: as the
+            account says.
         token (`str`, *optional*): Default: `HF_TOKEN`, or the one `hf auth login` stored.
         revision (`str`, *optional*): Branch; created if missing. Default: `main`.
         commit_message (`str`, *optional*): Title of the commit.
@@ -87,7 +88,8 @@ def push_to_hub(
         `CommitInfo`: The commit; as a `str` its address.
 
     Raises:
-        `ValueError`: There is nothing to upload, or the card's metadata is invalid.
+        `ValueError`: There is nothing to upload, the card's metadata is invalid, or `private` is asked for and the repository
+            is public.
         [`HubError`]: The Hub refused, or could not be reached.
     """
     directory = Path(directory).expanduser()
@@ -149,14 +151,34 @@ def pull_from_hub(
 
 
 def create_repository(api: HfApi, repo_id: str, repo_type: str, private: bool | None, revision: str | None) -> str:
-    """Make sure that a repository and a branch of it exist; the full id. Raises [`HubError`]."""
+    """Make sure that a repository and a branch of it exist; the full id. Raises as [`check_private`]."""
 
     def create() -> str:
         return api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
 
     full = retried(create, f"cannot create {repo_id}", api.token)
+    check_private(api, full, repo_type, private)
     create_branch(api, full, repo_type, revision)
     return full
+
+
+def check_private(api: HfApi, repo_id: str, repo_type: str, private: bool | None) -> None:
+    """
+    Refuse to publish what is meant to be private: a repository that exists keeps its visibility.
+
+    Raises:
+        `ValueError`: If `private` is asked for, and the repository is public.
+        [`HubError`]: The Hub refused, or could not be reached.
+    """
+    if not private:
+        return
+    info = retried(lambda: api.repo_info(repo_id, repo_type=repo_type), f"cannot look at {repo_id}", api.token)
+    if not info.private:
+        kind = "" if repo_type == "model" else f"{repo_type}s/"
+        raise ValueError(
+            f"{repo_id} is there already and public, so nothing was uploaded to it: make it private at "
+            f"{api.endpoint}/{kind}{repo_id}/settings, push to another name, or do not ask for a private one"
+        )
 
 
 def create_branch(api: HfApi, repo_id: str, repo_type: str, revision: str | None) -> None:

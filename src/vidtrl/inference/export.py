@@ -23,7 +23,7 @@ from huggingface_hub import snapshot_download
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..models.families import Family, find_family
-from ..models.loading import load_pipeline
+from ..models.loading import load_pipeline, looks_like_hub_id
 from ..models.schedule import NoiseSchedule
 from ..trainer.lora import ADAPTER_FILE, load_lora
 from . import scheduler as scheduler_file
@@ -249,7 +249,7 @@ def student_directory(directory: str | os.PathLike) -> Path:
     path = Path(directory).expanduser()
     if path.is_dir():
         return path
-    if isinstance(directory, Path) or not _is_hub_id(str(directory)):
+    if isinstance(directory, Path) or not looks_like_hub_id(str(directory)):
         raise ValueError(f"No such directory: {os.fspath(directory)!r} (and a Hub id looks like 'organisation/name').")
     patterns = [CONFIG_FILE, ADAPTER_FILE, "base_adapters/*", "transformer/*"]
     return Path(snapshot_download(str(directory), allow_patterns=patterns))
@@ -414,10 +414,6 @@ def _resolve(name: str | os.PathLike, directory: Path) -> Path | str:
     for path in (Path(name).expanduser(), directory / name):
         if path.exists():
             return path
-    if isinstance(name, Path) or not _is_hub_id(str(name)):
+    if isinstance(name, Path) or not looks_like_hub_id(str(name)):
         raise ValueError(f"There is nothing at {os.fspath(name)!r} (and a Hub id looks like 'organisation/name').")
     return str(name)
-
-
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))

@@ -48,6 +48,11 @@ def load_pipeline(model: str | os.PathLike, **options: Any) -> DiffusionPipeline
     return DiffusionPipeline.from_pretrained(path, **options)
 
 
+def looks_like_hub_id(name: str) -> bool:
+    """Whether a name has the form of a repository's, `"organisation/name"`, and not that of a path."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
 def _check_path(path: str) -> None:
     """One clear line for a path that is not there, before the Hub is asked for it."""
     if os.path.isdir(path):
@@ -60,6 +65,5 @@ def _check_path(path: str) -> None:
         raise ValueError(
             f"No such directory: {path!r}; did you mean {os.path.join(os.path.dirname(path), hint[0])!r}?"
         )
-    is_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
-    if not is_hub_id or siblings:
+    if not looks_like_hub_id(path) or siblings:
         raise ValueError(f"No such directory: {path!r} (and a Hub id looks like 'organisation/name').")

@@ -373,7 +373,7 @@ class PromptEnhancer:
 
         Args:
             repo_id (`str`): Created if missing.
-            private (`bool`, *optional*): Default: as the account says.
+            private (`bool`, *optional*): Of a repository that is created; one that exists has to be private then.
             token (`str`, *optional*): Default: the one `hf auth login` stored.
 
         Returns:

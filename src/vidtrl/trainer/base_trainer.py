@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, HfApi
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from ..hub.pushing import Pusher, push_checkpoint
 from ..hub.trainer_card import write_card
+from ..hub.upload import check_private
 from ..models import VideoModel, check_model
 from .base_config import VideoTrainingConfig
 from .callbacks import EMACallback, exported_states, use_video_callbacks
@@ -686,8 +687,14 @@ class VideoTrainer(Trainer):
         """As [`~transformers.Trainer.init_hf_repo`]; the branch `hub_revision` is created as well."""
         super().init_hf_repo(token=token, private=private)
         if self.is_world_process_zero():
+            wanted = self.args.hub_private_repo if private is None else private
+            self._check_private(token, wanted)
             self.pusher = self._pusher(token, self.args.hub_revision)
             self.pusher.clear()
+
+    def _check_private(self, token: str | None, private: bool | None) -> None:
+        api = HfApi(token=self.args.hub_token if token is None else token)
+        check_private(api, self.hub_model_id, "model", private)
 
     def _pusher(self, token: str | None, revision: str | None) -> Pusher:
         args = self.args
@@ -711,19 +718,23 @@ class VideoTrainer(Trainer):
             blocking (`bool`, *optional*, defaults to `True`): Wait for the end of the upload.
             token (`str`, *optional*): Default: `hub_token`, or the one `hf auth login` stored.
             revision (`str`, *optional*): Branch. Default: `hub_revision`, or `main`.
-            private (`bool`, *optional*): Of a repository that is created. Default: `hub_private_repo`.
+            private (`bool`, *optional*): Of a repository that is created; one that exists has to be private then. Default:
+                `hub_private_repo`.
             **kwargs: For [`~VideoTrainer.create_model_card`], such as `dataset_name`.
 
         Returns:
             `CommitInfo` (as a `str` its address), or a `Future` of it. `None` on all processes but the first.
 
         Raises:
+            `ValueError`: If `private` is asked for, and the repository is public.
             [`~vidtrl.hub.HubError`]: The Hub refused, or could not be reached; what was trained is in `output_dir`.
         """
         # The Trainer's own uploads whatever is in output_dir
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
+        elif self.is_world_process_zero():
+            self._check_private(token, private)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None

@@ -80,7 +80,7 @@ def file_digest(path: Path) -> str:
 def write_manifest(directory: Path, *, step: int, **identity: dict | None) -> None:
     """Describe a finished directory: whose run it is (model, adapter, data), and the size and hash of each file."""
     files = {
-        str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": file_digest(path)}
+        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": file_digest(path)}
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
