@@ -149,6 +149,69 @@ def test_broken_yaml_is_a_users_mistake(tmp_path):
             parse(f"--config={tmp_path / 'c.yaml'}")
 
 
+# command line -> what its one line on stderr has: the mistake, and what mends it
+MISTAKES = {
+    "sft --learning_rat 1": "did you mean --learning_rate?",
+    "grpo --num_generation 4": "did you mean --num_generations?",
+    "distill --recip dmd2": "did you mean --recipe?",
+    "prompt --languag en": "did you mean --language?",
+    "run --confg a.yaml": "did you mean --config?",
+    "run --config a.yaml --dry_run": "did you mean --dry-run?",
+    "check-model --hight 64": "did you mean --height?",
+    "estimate --lora_alfa 8": "no trainer has the option --lora_alfa; did you mean lora_alpha?",
+    "benchmark --step 4": "did you mean --steps?",
+    "report --outptu a": "did you mean --output?",
+    "compare --prot 1": "did you mean --port?",
+    "reward-server --rewrad a": "did you mean --reward?",
+    "push a me/x --privat": "did you mean --private?",
+    "pull me/x --revison a": "did you mean --revision?",
+    "export a b --formt lora": "did you mean --format?",
+    "demo --seeds 1": "did you mean --seed?",
+    "env --nothing": "unknown option --nothing; --help",
+    "sft --config missing.yaml": "'missing.yaml' does not exist",
+    "run --config missing.yaml": "'missing.yaml' does not exist",
+    "prompt --config broken.yaml": "'broken.yaml' is not valid YAML",
+    "grpo --config bytes.yaml": "'bytes.yaml' is not valid YAML: 'utf-8'",
+    "estimate --config bytes.yaml": "'bytes.yaml' is not valid YAML: 'utf-8'",
+    "distill --config list.yaml": "must contain a YAML mapping",
+    "sft --config grpo.yaml": "'num_generations' in the config file; it is a setting of vidtrl grpo",
+    "distill --config sft.yaml": "'caption_dropout' in the config file; it is a setting of vidtrl sft",
+    "prompt --config run.yaml": "'stages' in the config file; it is a setting of vidtrl run",
+    "run --config sft.yaml": "unknown key caption_dropout; known are model",
+    "sft --num_train_epochs many": "invalid float value: 'many'",
+    "benchmark a --height tall": "invalid int value: 'tall'",
+    "estimate --trainer sft --num_processes two": "--num_processes is a number of devices, not 'two'",
+    "grpo --recipe flow-grp": "(choose from 'flash-grpo', 'flow-grpo'",
+    "estimate --recipe flow-grp": "no recipe 'flow-grp': flash-grpo",
+    "reward-server --reward toy-colr": "Did you mean 'toy-color'?",
+    "check-model broken.yaml": "is a file; pass the directory",
+    "check-model missing": "No such directory: 'missing'",
+    "report missing": "give the output directory of a trainer",
+    "compare missing other": "give a folder of mp4 files",
+    "push missing me/x": "give what a trainer's save_model wrote",
+    "export missing a --format comfyui": "'missing'",
+}
+
+
+def test_every_command_has_a_mistake_in_the_list():
+    assert {line.split()[0] for line in MISTAKES} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_ends_in_one_line_that_mends_it(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("broken.yaml").write_text("a: [1,\n")
+    Path("bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    Path("list.yaml").write_text("- 1\n")
+    Path("grpo.yaml").write_text("num_generations: 4\n")
+    Path("sft.yaml").write_text("caption_dropout: 0.1\n")
+    Path("run.yaml").write_text("stages: {}\n")
+    assert main(line.split()) == 2
+    out, err = capsys.readouterr()
+    said = [text for text in err.splitlines() if text.startswith("vidtrl: error: ")]
+    assert len(said) == 1 and MISTAKES[line] in said[0] and "Traceback" not in err and out == ""
+
+
 def test_lora_arguments_become_a_peft_config():
     config = LoraArguments(use_peft=True, lora_r=8, lora_alpha=16, lora_dropout=0.1, use_dora=True).peft_config()
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_dora) == (8, 16, 0.1, True)

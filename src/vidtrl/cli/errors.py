@@ -1,11 +1,14 @@
 """One line for a user's mistake, the traceback for a bug."""
 
 import argparse
+import difflib
 import errno
+import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -28,6 +31,38 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(message)
+
+    def parse_args(self, args=None, namespace=None):
+        """A misspelt option before what is missing, which may be what it was to be."""
+        argv = sys.argv[1:] if args is None else list(args)
+        for argument in argv[: argv.index("--") if "--" in argv else None]:
+            name = argument.split("=", 1)[0]
+            if name.startswith("--") and name not in self._option_string_actions:
+                raise UserError(f"unknown option {name}{suggest(name, self._option_string_actions)}")
+        return super().parse_args(argv, namespace)
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the nearest known name, or where to find them all."""
+    spellings: dict[str, str] = {}
+    for one in known:
+        spellings.setdefault(one.replace("-", "_"), one)
+    near = difflib.get_close_matches(name.replace("-", "_"), spellings, n=1)
+    return f"; did you mean {spellings[near[0]]}?" if near else "; --help lists all of them"
+
+
+def read_config(path: str | os.PathLike) -> Any:
+    """What a YAML file holds. Raises [`UserError`] for one that is missing or malformed."""
+    import yaml  # `vidtrl --help` does without
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"config file {str(path)!r} does not exist")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return yaml.safe_load(file)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {str(path)!r} is not valid YAML: {error}") from error
 
 
 def guarded(run: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:

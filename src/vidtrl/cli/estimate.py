@@ -12,11 +12,8 @@ Another setting, on eight devices:
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-import yaml
-
-from .errors import Parser, UserError, guarded
+from .errors import Parser, UserError, guarded, read_config, suggest
 
 
 TRAINERS = ("sft", "grpo", "distill")
@@ -55,12 +52,7 @@ def given_options(argv: Sequence[str]) -> dict[str, str]:
     names = {a[2:].split("=", 1)[0].replace("-", "_"): "" for a in argv if a.startswith("--")}
     if path is None:
         return names
-    if not Path(path).is_file():
-        raise UserError(f"config file {path!r} does not exist")
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"config file {path!r} is not valid YAML: {error}") from error
+    config = read_config(path)
     if not isinstance(config, dict):
         raise UserError(f"config file {path!r} holds no options")
     return {name: value for name, value in config.items() if value is not None} | names
@@ -85,11 +77,13 @@ def find_trainer(names: set[str], recipe: str | None) -> str:
     from ..trainer.grpo_recipes import RECIPES as GRPO
 
     recipes = {"sft": (), "grpo": GRPO, "distill": DISTILL}
-    fitting = []
-    for trainer in TRAINERS:
-        known = {action.dest for action in options_parser(trainer, 1)._actions} | {"config", "env", "debug"}
-        if names <= known and (not recipe or recipe in recipes[trainer]):
-            fitting.append(trainer)
+    if recipe and recipe not in [*GRPO, *DISTILL]:
+        raise UserError(f"there is no recipe {recipe!r}: {', '.join([*GRPO, *DISTILL])}")
+    known = {t: {a.dest for a in options_parser(t, 1)._actions} | {"config", "env", "debug"} for t in TRAINERS}
+    every = set.union(*known.values())
+    for name in sorted(names - every):
+        raise UserError(f"no trainer has the option --{name}{suggest(name, every)}")
+    fitting = [t for t in TRAINERS if names <= known[t] and (not recipe or recipe in recipes[t])]
     if len(fitting) != 1:
         what = f"these options are of {' and '.join(fitting)}" if fitting else "no trainer knows all these options"
         raise UserError(f"{what}: say whose they are with --trainer {'|'.join(fitting or TRAINERS)}")
@@ -152,10 +146,12 @@ def _value(argv: Sequence[str], name: str) -> str | None:
 def _devices(argv: Sequence[str], given: dict) -> tuple[str, int]:
     """Strategy and number of devices, from `--accelerate_config` and `--num_processes`."""
     name = str(_value(argv, "accelerate_config") or given.get("accelerate_config") or "single")
-    number = int(_value(argv, "num_processes") or given.get("num_processes") or 1)
+    number = str(_value(argv, "num_processes") or given.get("num_processes") or 1)
+    if not number.isdecimal():
+        raise UserError(f"--num_processes is a number of devices, not {number!r}")
     if name not in STRATEGIES:
         raise UserError(f"--accelerate_config {name!r} cannot be estimated: name one of {', '.join(STRATEGIES)}")
-    return STRATEGIES[name], number
+    return STRATEGIES[name], int(number)
 
 
 if __name__ == "__main__":

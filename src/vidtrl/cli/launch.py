@@ -8,9 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
-from .errors import Interrupted, Parser, UserError
+from .errors import Interrupted, Parser, UserError, read_config
 
 
 CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
@@ -45,10 +43,7 @@ def split_launch_options(argv: Sequence[str]) -> tuple[dict[str, str], list[str]
     peek.add_argument("--config", nargs="?")
     path = peek.parse_known_args(rest)[0].config
     if path and Path(path).is_file():
-        try:
-            config = yaml.safe_load(Path(path).read_text())
-        except yaml.YAMLError:
-            config = None  # the command's own parser says what is wrong with the file
+        config = read_config(path)
         if isinstance(config, dict):
             names = ("accelerate_config", *LAUNCH_OPTIONS)
             options = {k: str(config[k]) for k in names if config.get(k) is not None} | options

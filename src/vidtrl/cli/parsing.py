@@ -1,15 +1,13 @@
 """TRL's parser, with YAML values checked like command-line values and unknown names answered with a suggestion."""
 
-import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_type_hints
 
-import yaml
 from trl import TrlParser
 
-from .errors import UserError
+from .errors import UserError, read_config, suggest
 
 
 class VidtrlParser(TrlParser):
@@ -66,13 +64,10 @@ class VidtrlParser(TrlParser):
             raise UserError("--config needs the path of a YAML file")
         if "--config" in args:
             path = Path(args[args.index("--config") + 1])
-            if not path.is_file():
-                raise UserError(f"config file {str(path)!r} does not exist")
+            read_config(path)
         self._config_args = []
         try:
             return super().parse_args_and_config(args, **kwargs)
-        except yaml.YAMLError as error:
-            raise UserError(f"config file {str(path)!r} is not valid YAML: {error}") from error
         except (ValueError, TypeError, ImportError) as error:  # from the __post_init__ of a config
             raise UserError(str(error)) from error
 
@@ -81,7 +76,11 @@ class VidtrlParser(TrlParser):
         kinds = {action.dest: action for action in self._actions if action.dest != "help"}
         for key, value in config.items():
             if key not in kinds:
-                raise UserError(f"unknown key {key!r} in the config file{suggest(key, kinds)}")
+                owners = whose(key)
+                hint = (
+                    f"; it is a setting of vidtrl {' and of vidtrl '.join(owners)}" if owners else suggest(key, kinds)
+                )
+                raise UserError(f"unknown key {key!r} in the config file{hint}")
             if value is None:
                 self.set_defaults(**{key: None})
             elif isinstance(value, list) and kinds[key].nargs in ("+", "*"):
@@ -106,7 +105,10 @@ class VidtrlParser(TrlParser):
         return (*parsed, []) if return_remaining_strings else tuple(parsed)
 
 
-def suggest(name: str, known) -> str:
-    """`"; did you mean 'x'?"` for the nearest known name, or where to find them all."""
-    near = difflib.get_close_matches(name.replace("-", "_") if not name.startswith("--") else name, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else "; --help lists all of them"
+def whose(key: str) -> list[str]:
+    """The commands whose config files may have a key."""
+    from . import distill, grpo, prompt, run_plan, sft
+
+    commands = {"sft": sft, "grpo": grpo, "distill": distill, "prompt": prompt}
+    found = [name for name, module in commands.items() if key in {a.dest for a in module.make_parser()._actions}]
+    return found or ["run"] * (key in run_plan.KEYS)

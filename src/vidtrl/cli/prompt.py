@@ -157,7 +157,7 @@ def trl_config(kind: str, script_args: PromptScriptArguments, **defaults: Any):
     """
     import trl
 
-    from .parsing import suggest
+    from .errors import suggest
 
     cls, given = {"sft": trl.SFTConfig, "grpo": trl.GRPOConfig}[kind], getattr(script_args, kind)
     known = [f.name for f in dataclasses.fields(cls) if f.init]

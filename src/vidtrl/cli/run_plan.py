@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from .errors import UserError, explain
+from .errors import UserError, explain, read_config
 
 
 STAGES = ("sft", "grpo", "prompt", "distill")  # in the order in which they build on each other
@@ -102,14 +102,7 @@ def read_pipeline(path: str | os.PathLike) -> Pipeline:
         [`UserError`]: For a file that cannot be read, an unknown key (with the nearest known one), or a setting that the
             pipeline gives itself.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"config file {str(path)!r} does not exist")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {str(path)!r} is not valid YAML: {error}") from error
-    content = _mapping(content, str(path))
+    content = _mapping(read_config(path), str(path))
     _refuse_secrets(content)
     _known(content, KEYS, "")
     for name in ("model", "output_dir"):

@@ -59,6 +59,8 @@ def _check_path(path: str) -> None:
         if not os.path.isfile(os.path.join(path, "model_index.json")):
             raise ValueError(f"{path!r} has no model_index.json; pass the directory that pipe.save_pretrained wrote.")
         return
+    if os.path.isfile(path):
+        raise ValueError(f"{path!r} is a file; pass the directory that pipe.save_pretrained wrote.")
     parent, name = os.path.split(os.path.abspath(os.path.expanduser(path)))
     siblings = os.listdir(parent) if os.path.isdir(parent) else []
     if hint := difflib.get_close_matches(name, siblings, 1):
