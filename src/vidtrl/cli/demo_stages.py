@@ -3,7 +3,6 @@
 import json
 import shutil
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -104,9 +103,8 @@ def fine_tune(output: Path, seed: int, base: str, settings: DemoSettings, consol
 
 def load_fused(base: str, *adapters: Path):
     """
-    The base with adapters merged into its weights, in memory: what the next stage trains its own adapter on.
-
-    `base_adapters` would stack them instead; on a model this small every adapter below adds a good part of the model's own time.
+    The base with adapters merged into its weights, in memory: for generating, where nothing is trained. Trainings stack them
+    (`base_adapters`).
 
     Args:
         base (`str`): Folder of the base pipeline.
@@ -144,11 +142,16 @@ def reinforce(output: Path, seed: int, base: str, settings: DemoSettings, consol
     from ..trainer import VideoGRPOConfig, VideoGRPOTrainer
 
     trainer = VideoGRPOTrainer(
-        model=load_fused(base, output / "sft"),
+        model=base,
         reward_funcs=list(settings.rewards),
         eval_reward_funcs=list(settings.watched_rewards),
         # the SFT stage has proven this pipeline
-        args=VideoGRPOConfig(**_common(target, seed, settings, console), check_model=False, **settings.grpo),
+        args=VideoGRPOConfig(
+            **_common(target, seed, settings, console),
+            check_model=False,
+            base_adapters=[str(output / "sft")],
+            **settings.grpo,
+        ),
         train_dataset=Dataset.from_dict({"prompt": captions()}),
         eval_dataset=Dataset.from_dict({"prompt": spread(captions(), settings.num_eval_prompts)}),
         peft_config=LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_r),
@@ -215,23 +218,18 @@ def distil(output: Path, seed: int, base: str, settings: DemoSettings, console: 
     from datasets import Dataset
     from peft import LoraConfig
 
-    from ..inference import write_distill_config
     from ..toy import captions
     from ..trainer import VideoDistillConfig, VideoDistillTrainer
 
     common = {**_common(target, seed, settings, console), "check_model": False, "eval_on_start": False}
     common["cache_dir"] = str(output / "cache" / "latents")
     trainer = VideoDistillTrainer(
-        model=load_fused(base, *below),
-        args=VideoDistillConfig(**{**common, **settings.distill}),
+        model=base,
+        args=VideoDistillConfig(**{**common, **settings.distill}, base_adapters=[str(adapter) for adapter in below]),
         train_dataset=Dataset.from_dict({"prompt": captions()}),
         peft_config=LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_r),
     )
-    _train(trainer, target, console)
-    # merged in memory alone: whoever loads the student stacks them under it
-    student = asdict(trainer.student_config()) | {"base_adapters": ["../sft", "../grpo"]}
-    write_distill_config(target, **student)
-    return trainer
+    return _train(trainer, target, console)
 
 
 def _common(target: Path, seed: int, settings: DemoSettings, console: Console) -> dict:
