@@ -13,6 +13,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 		$(PYTHON) -m venv $(VENV); }
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+# What the demo does not need and would import, such as torchao
+$(VENV)/developer: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,quality]'
 	touch $@
 
@@ -20,7 +25,7 @@ demo: $(VENV)/installed
 	$(BIN)/vidtrl demo --output $(OUTPUT) --seed $(SEED)
 
 # Beside the environment, not in it: accelerate and transformers import DeepSpeed wherever they find it, which takes seconds.
-$(VENV)/deepspeed/installed: $(VENV)/installed
+$(VENV)/deepspeed/installed: $(VENV)/developer
 	rm -rf $(VENV)/deepspeed
 	$(BIN)/python -m pip install --quiet 'setuptools>=77'
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --no-build-isolation \
@@ -29,20 +34,20 @@ $(VENV)/deepspeed/installed: $(VENV)/installed
 
 deepspeed: $(VENV)/deepspeed/installed
 
-test: $(VENV)/installed
+test: $(VENV)/developer
 	@$(MAKE) --no-print-directory deepspeed || { rm -rf $(VENV)/deepspeed; \
 		echo "*** DeepSpeed could not be installed, for the reason above: its tests (tests/test_zero*.py) are skipped ***"; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadfile
 
-quality: $(VENV)/installed
+quality: $(VENV)/developer
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-style: $(VENV)/installed
+style: $(VENV)/developer
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/installed
+docs: $(VENV)/developer
 	$(BIN)/mkdocs build --strict
 
 clean:
