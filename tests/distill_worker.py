@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from sft_setup import digest, held
 from transformers import TrainerCallback
 
+from vidtrl import VideoDistillTrainer
+
 
 HANGS = 120  # seconds a case
 
@@ -32,6 +34,25 @@ class Killed(TrainerCallback):
     def on_substep_end(self, args, state, control, **kwargs):
         if state.global_step + 1 == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Broken(VideoDistillTrainer):
+    """The loss of a role is not finite in some (step, micro-step) of the last process."""
+
+    broken = {}
+
+    def _broken(self, role, loss):
+        last = self.args.process_index == self.args.world_size - 1
+        here = [self.state.global_step, self._micro_step] in self.broken.get(role, [])
+        return loss * float("nan") if last and here and self.model.training else loss
+
+    def student_loss(self, inputs):
+        loss, x = super().student_loss(inputs)
+        return self._broken("student", loss), x
+
+    def fake_loss(self, inputs, x=None):
+        loss, x = super().fake_loss(inputs, x)
+        return self._broken("fake", loss), x
 
 
 def start(job, **environment):
@@ -70,12 +91,14 @@ def roles(trainer) -> dict:
     return {f"{role}.{name}": w for role in names for name, w in weights(trainer, role).items()}
 
 
-def train(job, name, *, clips=False, evaluate=False, teacher=False, resume=None, kill=None, **config):
+def train(job, name, *, clips=False, evaluate=False, teacher=False, resume=None, kill=None, broken=None, **config):
     out = Path(job["out"])
     rows = load_from_disk(job["clips"]) if clips else dataset()
     arguments = dict(eval_dataset=rows.select(range(3))) if evaluate else {}
     arguments |= dict(teacher_model=other_size()) if teacher else {}
-    trainer = make_trainer(out / name, job["cache"], rows=rows, trainer=arguments, **config)
+    cls = VideoDistillTrainer if broken is None else Broken
+    trainer = make_trainer(out / name, job["cache"], rows=rows, cls=cls, trainer=arguments, **config)
+    trainer.broken = broken
     if kill is not None:
         trainer.add_callback(Killed(kill))
     untrained = roles(trainer)
@@ -88,6 +111,7 @@ def train(job, name, *, clips=False, evaluate=False, teacher=False, resume=None,
         result = {
             "num_processes": trainer.accelerator.num_processes,
             "held": held(trainer),
+            "held apart": {role: held(trainer, model) for role, model in trainer.models_apart().items()},
             "digests": everywhere,
             "moved": {
                 role: max((w - untrained[n]).abs().max().item() for n, w in trained.items() if n.startswith(role))

@@ -28,6 +28,15 @@ def only_some(prompts, videos, **kwargs):
     return [1.0 if p in PROMPTS[1:3] else r for p, r in zip(prompts, rewards, strict=True)]
 
 
+class Broken(Watching):
+    """The loss of the last process is not finite in the second step."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        broken = self.state.global_step == 1 and self.args.process_index == self.args.world_size - 1
+        return loss * float("nan") if broken else loss
+
+
 REWARDS = {"brightness": brightness, "only_some": only_some}
 
 
@@ -62,12 +71,14 @@ def _child(job, environment, log):
     os._exit(0)  # see sft_worker
 
 
-def train(out: Path, name: str, *, rewards="brightness", evaluate=False, **config):
-    config |= dict(optim="sgd", learning_rate=1.0, max_grad_norm=0.0)
+def train(out: Path, name: str, *, rewards="brightness", evaluate=False, resume=None, one_level=False, **config):
+    config = dict(optim="sgd", learning_rate=1.0, max_grad_norm=0.0) | config
+    cls = Broken if config.get("on_nan") == "skip" else Watching
     arguments = dict(eval_dataset=dataset(3)) if evaluate else {}
-    trainer = make_trainer(out / name, cls=Watching, rewards=REWARDS[rewards], trainer=arguments, **config)
+    trainer = make_trainer(out / name, cls=cls, rewards=REWARDS[rewards], trainer=arguments, **config)
+    trainer.video_model.per_sample_sigma = not one_level
     untrained = trained_weights(trainer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     weights = trained_weights(trainer)
     everywhere = gather_object([digest(weights)])
     metrics = trainer.evaluate() if evaluate else {}

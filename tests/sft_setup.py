@@ -79,11 +79,12 @@ def trained_weights(trainer) -> dict:
     return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
 
 
-def held(trainer) -> float:
+def held(trainer, model=None) -> float:
     """The share of the model's weights that this process holds."""
-    if isinstance(trainer.model, FSDPModule):
-        trainer.model.reshard()  # what is outside the blocks stays whole after a forward
-    parameters = list(trainer.model.parameters())
+    model = trainer.model if model is None else model
+    if isinstance(model, FSDPModule):
+        model.reshard()  # what is outside the blocks stays whole after a forward
+    parameters = list(model.parameters())
     if hasattr(parameters[0], "ds_numel"):  # ZeRO-3
         return sum(p.ds_tensor.numel() for p in parameters) / sum(p.ds_numel for p in parameters)
     mine = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]

@@ -42,6 +42,13 @@ class KilledWhileTraining(TrainerCallback):
 class Trainer(VideoSFTTrainer):
     kill_while_saving = None
     full_disk = None
+    broken = None  # a clip
+
+    def clean_latents(self, inputs):
+        mean, std, condition = super().clean_latents(inputs)
+        if self.model.training and any(name.startswith(f"{self.broken}.") for name in inputs["sample_ids"]):
+            mean = mean * float("nan")
+        return mean, std, condition
 
     def _save_rng_state(self, output_dir):  # weights and optimizer are written, the rest is not
         if self.state.global_step == self.kill_while_saving:
@@ -97,6 +104,7 @@ def main(job):
         if job.get("lora") is False
         else LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0 if job.get("lora") == "no dropout" else 0.1),
     )
+    trainer.broken = job.get("broken")
     what, _, step = (job.get("kill") or "").partition("@")
     if what == "training":
         trainer.add_callback(KilledWhileTraining(int(step)))
@@ -110,6 +118,7 @@ def main(job):
         "digest": digest(weights),
         "norm": sum(w.double().square().sum().item() for w in weights.values()),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "num_skipped_batches": [entry.get("num_skipped_batches") for entry in trainer.state.log_history],
         "eval_loss": trainer.evaluate()["eval_loss"],
         "num_processes": trainer.accelerator.num_processes,
         "held": held(trainer),

@@ -44,7 +44,7 @@ def ranks(number, **environment):
 def finish(started) -> list[str]:
     """The logs of processes that have all ended without an error."""
     for process, _ in started:
-        process.join(timeout=300)
+        process.join(timeout=600)
     for process, log in started:
         assert process.exitcode == 0, log.read_text()[-3000:]
     return [log.read_text() for _, log in started]
@@ -66,11 +66,11 @@ def sft(clips, cache_dir, tmp_path_factory):
     root = tmp_path_factory.mktemp("sft")
     clips.save_to_disk(root / "clips")
 
-    def run(name, number, *, lora, resume=None, sharded=True, **config):
+    def run(name, number, *, lora, resume=None, sharded=True, broken=None, **config):
         config = dict(max_steps=4, save_strategy="steps", save_steps=2, optim="sgd", max_grad_norm=1.0) | config
         config["per_device_train_batch_size"] = 4 // number // config.get("gradient_accumulation_steps", 1)
         job = dict(out=str(root / name), clips=str(root / "clips"), cache=str(cache_dir), lora=lora, resume=resume)
-        job["config"] = config
+        job |= {"config": config, "broken": broken}
         environments = ranks(number, **(FSDP if sharded else {}))
         finish([sft_worker.start(job, **environment) for environment in environments])
         return json.loads(Path(root / name, "result.json").read_text())
@@ -115,6 +115,17 @@ def test_bfloat16_rounds_as_without_shards(sft):
     assert halves["digest"] == whole["digest"] and halves["losses"] == whole["losses"]
 
 
+def test_two_halves_leave_a_micro_batch_out_together(sft):
+    """Of the clips of one process, the other one's are left out with a broken one, as one process leaves out both."""
+    config = dict(SFT["full"], on_nan="skip", broken=2, max_steps=5, optim="adamw_torch", ema_decay=None)
+    one, two = (sft(f"nan {n}", n, **config) for n in (1, 2))
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["norm"] == pytest.approx(one["norm"], rel=1e-5)
+    counted = [[n for n in run["num_skipped_batches"] if n] for run in (one, two)]
+    assert counted[1] == [2 * n for n in counted[0]] and counted[0][-1] >= 2
+    assert sft("whole", 2, **{**config, "broken": None})["norm"] != pytest.approx(one["norm"], rel=1e-5)
+
+
 @pytest.mark.parametrize("name", SFT)
 def test_sft_in_two_halves_resumes_bit_exactly(sft, name):
     config = {**SFT[name], "optim": "adamw_torch", "lr_scheduler_type": "cosine"}
@@ -137,6 +148,7 @@ def test_the_best_of_two_halves_is_loaded_at_the_end(sft, ema_decay):
 # ---- GRPO ----
 
 # as in test_grpo_distributed: the batch of one process, each of two has half of it
+NFT = dict(recipe="diffusion-nft", per_device_train_batch_size=12, max_steps=3)
 GRPO = {
     "flash-grpo": dict(
         evaluate=True, per_device_train_batch_size=12, eval_num_inference_steps=2, ema_decay=0.9, ema_update_steps=1
@@ -148,38 +160,91 @@ GRPO = {
     "branch-grpo": dict(recipe="branch-grpo", tree_splits=[0, 2], per_device_train_batch_size=12),
     # groups without advantages: one process has nothing to learn in the first generation, the other in the second
     "idle": dict(rewards="only_some", shuffle_dataset=False),
-}
+    # an old policy; the processes meet prompts that are new to them at different times
+    "nft": NFT,
+    "nft full": dict(NFT, lora=False, per_device_train_batch_size=4, gradient_accumulation_steps=3, beta=0.1),
+    "awm": dict(recipe="awm", num_train_sigmas=2, per_device_train_batch_size=12, ema_decay=0.9, ema_update_steps=1),
+    # a reference that moves, and one of all weights
+    "moved": dict(
+        recipe="longcat", per_device_train_batch_size=12, beta=0.1, sync_ref_model=True, ref_model_sync_steps=1, max_steps=3
+    ),
+    "full reference": dict(
+        recipe="flow-grpo", num_inference_steps=3, lora=False, per_device_train_batch_size=4, steps_per_generation=3,
+        gradient_accumulation_steps=3, beta=0.1,
+    ),
+    # the decisions of a process are at other noise levels than those of the other one, and a call takes one level
+    "one level": dict(recipe="tempflow-grpo", num_latents=2, per_device_train_batch_size=12, one_level=True),
+    # the loss of one process is not finite in the second step
+    "nan": dict(per_device_train_batch_size=12, max_steps=3, on_nan="skip"),
+}  # fmt: skip
+# what one process must not equal
+OTHERS = {"two thirds": dict(NFT, per_device_train_batch_size=8), "stuck": dict(NFT, old_policy_decay=[1.0, 1.0])}
 
 
 @pytest.fixture(scope="module")
 def grpo(tmp_path_factory):
-    folders = {}
-    for number in (1, 2):
-        out = folders[number] = tmp_path_factory.mktemp(f"grpo {number}")
+    def run(cases, number):
+        out = tmp_path_factory.mktemp(f"grpo {number}")
         cases = {
             name: config | {"per_device_train_batch_size": config.get("per_device_train_batch_size", 8) // number}
-            for name, config in GRPO.items()
+            for name, config in cases.items()
         }
         job = {"out": str(out), "cases": cases}
         finish([grpo_worker.start(job, **environment) for environment in ranks(number, **FSDP)])
-    return folders
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def both(grpo):
+    return {1: grpo(GRPO | OTHERS, 1), 2: grpo(GRPO, 2)}
+
+
+def difference(folders, one, two) -> float:
+    """How far apart weights are, in units of how far training has moved them."""
+    weights = load_file(folders[1] / f"{one}.safetensors"), load_file(folders[2] / f"{two}.safetensors")
+    moved = json.loads((folders[1] / f"{one}.json").read_text())["moved"]
+    assert moved > 1e-5
+    return max((weights[0][n] - weights[1][n]).abs().max().item() for n in weights[0]) / moved
 
 
 @pytest.mark.parametrize("name", GRPO)
-def test_grpo_in_two_halves_equals_one(grpo, name):
-    one, two = (json.loads((grpo[n] / f"{name}.json").read_text()) for n in (1, 2))
-    assert (one["num_processes"], two["num_processes"]) == (1, 2)
+def test_grpo_in_two_halves_equals_one(both, name):
+    one, two = (json.loads((both[n] / f"{name}.json").read_text()) for n in (1, 2))
+    assert (one["num_processes"], two["num_processes"]) == (1, 2) and len(set(two["digests"])) == 1
     assert one["held"] == 1.0 and 0.4 < two["held"] < 0.6
-    weights = [load_file(grpo[n] / f"{name}.safetensors") for n in (1, 2)]
-    difference = max((weights[0][n] - weights[1][n]).abs().max().item() for n in weights[0])
-    assert difference < 1e-4 * one["moved"] and one["moved"] > 1e-5
+    assert difference(both, name, name) < 1e-4
+    assert len(one["logs"]) == len(two["logs"]) == (2 if name == "nan" else GRPO[name].get("max_steps", 2))
     for first, second in zip(one["logs"], two["logs"], strict=True):
         for metric in ("reward", "reward_std", "frac_reward_zero_std", "grad_norm"):
             assert second[metric] == pytest.approx(first[metric], rel=1e-3), metric
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-4, abs=1e-5)
+        if GRPO[name].get("beta"):
+            assert second["kl"] == pytest.approx(first["kl"], rel=1e-3, abs=1e-8)
     assert two["eval_reward"] == (one["eval_reward"] and pytest.approx(one["eval_reward"], rel=1e-5))
     if name == "idle":
         first, second = two["taught"]
         assert first[0] > 0 == second[0] and first[1] == 0 < second[1]
+    if name == "nan":  # a micro-batch of each process
+        assert (one["logs"][-1]["num_skipped_batches"], two["logs"][-1]["num_skipped_batches"]) == (1, 2)
+
+
+def test_fewer_videos_and_an_old_policy_that_stays_teach_something_else(both):
+    assert difference(both, "two thirds", "nft") > 1e-2 and difference(both, "stuck", "nft") > 1e-3
+
+
+def test_grpo_in_two_halves_resumes_bit_exactly(grpo):
+    """Policy, old policy, reference, average and optimizer."""
+    config = dict(NFT, lora=False, beta=0.1, max_steps=4, ema_decay=0.9, ema_update_steps=1, optim="adamw_torch", learning_rate=1e-3,
+                  save_strategy="steps", save_steps=2)  # fmt: skip
+    whole = grpo({"run": config}, 2)
+    resumed = grpo({"run": config | {"resume": str(whole / "run" / "checkpoint-2")}}, 2)
+    first, second = (json.loads((out / "run.json").read_text()) for out in (whole, resumed))
+    assert second["digests"] == first["digests"]
+    assert [entry["loss"] for entry in second["logs"]] == [entry["loss"] for entry in first["logs"]]
+    saved = load_file(whole / "run" / "checkpoint-2" / "roles.safetensors")
+    assert {name.split(".")[0] for name in saved} == {"old", "reference", "average"}
 
 
 # ---- Different numbers of calls ----
@@ -269,6 +334,13 @@ def test_what_is_sharded_together_and_in_which_numbers(one_of_one):
     prepare_fsdp(accelerator, wan()[0].transformer)
     assert plugin.transformer_cls_names_to_wrap == ["WanTransformerBlock"] and plugin.mixed_precision_policy is None
     assert not accelerator.autocast_handler.cache_enabled
+
+
+def test_fsdp_takes_an_average_and_leaves_micro_batches_out():
+    for kind, on_nan in (("FSDP", "skip"), ("DeepSpeed", "raise")):
+        check_sharded(SimpleNamespace(on_nan=on_nan, ema_decay=0.9), 1, kind)
+    with pytest.raises(ValueError, match="on_nan='skip' does not work with DeepSpeed.*--accelerate_config fsdp2"):
+        check_sharded(SimpleNamespace(on_nan="skip"), 1, "DeepSpeed")
 
 
 def test_deepspeed_on_a_cpu_is_refused_and_never_left_out_in_silence(monkeypatch):

@@ -88,7 +88,8 @@ def capture(pipe, denoisers: dict[str, nn.Module], skip: int = 0, **call: Any) -
             caught.update(map_tensors(bind_call(module, args, kwargs), lambda t: t.detach().clone()))
             raise _Captured
 
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in denoisers.values()]
+    # before the hook with which FSDP waits for the shards of other processes, which may have nothing to capture
+    handles = [module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True) for module in denoisers.values()]
     try:
         with quiet(pipe), contextlib.suppress(_Captured), contextlib.ExitStack() as stack:
             for module in denoisers.values() if skip else ():

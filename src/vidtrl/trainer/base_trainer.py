@@ -60,12 +60,17 @@ from .policies import adapters_below, check_arguments, make_policies, place, set
 from .sampling import pipeline_call, sample_videos
 from .sharding import (
     EqualCalls,
+    Models,
     check_optimizer,
     check_sharded,
+    exchange_each_micro_batch,
     gathered,
     load_whole_weights,
+    local,
     prepare_fsdp,
+    release,
     set_up_ddp,
+    shard_apart,
     shard_on_cpu,
     whole,
     whole_weights,
@@ -147,6 +152,7 @@ class VideoTrainer(Trainer):
         set_up_forward(list(each.values()), args, self.forward_states())
         set_up_ddp(args, len(each))
         self._equal_calls: EqualCalls | None = None  # of a sharded model
+        self._apart: Models | None = None  # what is sharded, where that is several models
         super().__init__(
             trained,
             args,
@@ -175,6 +181,7 @@ class VideoTrainer(Trainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def create_accelerator_and_postprocess(self) -> None:
+        exchange_each_micro_batch(self.args)
         super().create_accelerator_and_postprocess()
         if self.args.use_cpu:
             shard_on_cpu(self.accelerator)
@@ -183,7 +190,10 @@ class VideoTrainer(Trainer):
             prepare_fsdp(self.accelerator, self.video_model.denoisers[self.denoiser_name])
 
     def _prepare_for_training(self, *args, **kwargs):
-        with self._as_prepared():
+        if self._apart is None and self.models_apart():
+            shard_apart(self.accelerator, self.models_apart())
+            self._apart = Models(self.models_apart())
+        with self._as_prepared(), self._as_model(self._apart):  # accelerate shards one module
             prepared = super()._prepare_for_training(*args, **kwargs)
         self._find_shards()
         if self.is_sharded and self._equal_calls is None:
@@ -195,8 +205,28 @@ class VideoTrainer(Trainer):
         return self.policies.training() if self.is_deepspeed_enabled else contextlib.nullcontext()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        with self._as_prepared():
+        with self._as_prepared(), self._as_model(self._trained_apart()):
             super()._save_optimizer_and_scheduler(output_dir)
+
+    def models_apart(self) -> dict[str, nn.Module]:
+        """With FSDP, the model and those beside it that are sharded like it; empty if there are none beside it."""
+        return {}
+
+    def _trained_apart(self) -> Models | None:
+        trained = {name: m for name, m in self.models_apart().items() if self.policies.parameters(name)}
+        return Models(trained) if trained else None
+
+    @contextlib.contextmanager
+    def _as_model(self, models: Models | None) -> Iterator[None]:
+        """Inside, the Trainer's model is all of these."""
+        if models is None:
+            yield
+            return
+        own, self.model, self.model_wrapped = self.model, models, models
+        try:
+            yield
+        finally:
+            self.model = self.model_wrapped = own
 
     def _find_shards(self) -> None:
         # FSDP puts shards in the place of the weights; roles and averages would go on with those that are gone
@@ -424,9 +454,14 @@ class VideoTrainer(Trainer):
         Raises:
             `ValueError`: With `on_nan="raise"`; names step and samples.
         """
-        if torch.isfinite(loss):
+        finite = mine = bool(torch.isfinite(loss))
+        if self.is_fsdp_enabled and self.args.on_nan == "skip":  # a backward pass waits for the others
+            number = torch.tensor(int(mine), device=self.args.device)
+            finite = int(self.accelerator.reduce(number, reduction="sum")) == self.args.world_size
+        if finite:
             return loss
-        what = f"the loss is {loss.item()} at step {self.state.global_step + 1}, samples {', '.join(sample_ids)}"
+        loss_is = f"the loss is {loss.item()}" if not mine else "the loss of another process is not finite"
+        what = f"{loss_is} at step {self.state.global_step + 1}, samples {', '.join(sample_ids)}"
         if self.args.on_nan == "raise":
             raise ValueError(
                 f"{what}. Look at these samples, lower learning_rate, or set on_nan='skip' to leave such batches out"
@@ -436,10 +471,11 @@ class VideoTrainer(Trainer):
         self._skipped_since_log += share / self.args.gradient_accumulation_steps
         # connected to every trainable weight, so that all processes still reduce the same gradients
         # (of the expert that was called: DDP has noted that the other one has no part in this)
+        release(self.model)
         called = getattr(self._unwrapped(), self._unwrapped().last) if len(self.denoiser_names) > 1 else self.model
         trained = [p for p in called.parameters() if p.requires_grad]
         trained = trained or list(self.policies.parameters(self.policies.current).values())
-        return sum((p * 0).sum() for p in trained)
+        return sum((local(p) * 0).sum() for p in trained)
 
     def _clip_grad_norm(self, model: nn.Module):
         # A finite loss can have a NaN gradient, which would poison the weights and the next checkpoint. And the Trainer's own
@@ -453,6 +489,7 @@ class VideoTrainer(Trainer):
             most = self.args.max_grad_norm or math.inf
             norms = [nn.utils.clip_grad_norm_(group, most) for group in groups]
             norm = torch.stack([whole(norm) for norm in norms]).norm()
+        norm = whole(norm) if isinstance(norm, Tensor) else norm
         if self.args.fp16 or norm is None or torch.isfinite(torch.as_tensor(norm)):
             return norm  # float16 overflows now and then: its gradient scaler skips such steps
         what = f"the gradient is {float(norm)} at step {self.state.global_step + 1}, though the loss is finite"
@@ -603,7 +640,7 @@ class VideoTrainer(Trainer):
         if self.is_deepspeed_enabled and self.average is None:
             super()._load_best_model()
         elif self.is_fsdp_enabled and self.average is None:
-            load_whole_weights(self.model, best)
+            load_whole_weights(self._trained_apart() or self.model, best)
         elif self.is_sharded:
             load_roles({n: t for n, t in self.role_weights().items() if n.startswith("average.")}, best)
             self.average.copy_to_module()

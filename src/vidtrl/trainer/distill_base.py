@@ -62,12 +62,13 @@ class DistillBase(ClipTrainer):
         self.streams: Streams | None = None
         self.latent_shape: tuple[int, int, int, int] | None = None  # of all videos, unless clips fall into buckets
         self._negatives: dict[tuple, Condition] = {}  # the other branch of the teacher's guidance, by latent shape
+        self._copies: dict[str, nn.Module] = {}  # the models of the roles, where they are no adapters
         self._below: dict[str, Tensor] | None = None  # adapters under the roles, before they are sharded
         self.means = RunningMeans()
         self._local_gradients = contextlib.ExitStack()  # DeepSpeed, until it is given the gradients of a step
         super().__init__(model, args, peft_config=peft_config, **kwargs)
         if self.is_sharded:
-            check_sharded(args, peft_config)
+            check_sharded(args, peft_config, "FSDP" if self.is_fsdp_enabled else "DeepSpeed")
         self._add_roles(peft_config)
         if self.is_deepspeed_enabled:
             # it clips all roles together; here they are before it has the gradients, each for itself
@@ -89,7 +90,7 @@ class DistillBase(ClipTrainer):
     def _add_roles(self, peft_config: PeftConfig | None) -> None:
         """Fake score and teacher beside the student: adapters on its base, or copies of its module."""
         args, student = self.args, self.model
-        if self.is_sharded:
+        if self.is_sharded and peft_config is not None:
             below = self.policies.adapters("base")
             carried = {n: p for n, p in student.named_parameters() if any(f".{a}." in f"{n}." for a in below)}
             self._below = {name: parameter.detach().cpu().clone() for name, parameter in carried.items()}
@@ -110,12 +111,18 @@ class DistillBase(ClipTrainer):
             self.policies.add("student", student, (*below, "default"), trained=True)  # knows the new layers, too
         else:
             copied = copy.deepcopy if self.causal is None else self.causal.copied
+            self._copies["student"] = student
             if args.matches_distributions:
-                self.policies.add("fake", copied(student), trained=True)
+                self._copies["fake"] = copied(student)
+                self.policies.add("fake", self._copies["fake"], trained=True)
             if self.teacher is self.video_model:
-                self.policies.add("teacher", copied(student).requires_grad_(False).eval())
+                self._copies["teacher"] = copied(student).requires_grad_(False).eval()
+                self.policies.add("teacher", self._copies["teacher"])
         if self.teacher is not self.video_model:
             self.policies.add("teacher", next(iter(self.teacher.denoisers.values())))
+
+    def models_apart(self) -> dict[str, nn.Module]:
+        return self._copies if self.is_fsdp_enabled and len(self._copies) > 1 else {}
 
     def forward_states(self) -> list:
         return super().forward_states() + ([self.causal] if self.causal is not None else [])
@@ -190,7 +197,7 @@ class DistillBase(ClipTrainer):
         # active role do, and its turn may not have come yet
         saved = torch.load(Path(checkpoint, "optimizer.bin"), weights_only=True, mmap=True)["state"]
         weights = {
-            n: p
+            f"{role}.{n}" if self._apart is not None else n: p
             for role in ("student", "fake")
             if role in self.policies
             for n, p in self.policies.parameters(role).items()
@@ -203,8 +210,9 @@ class DistillBase(ClipTrainer):
             parameter.requires_grad_(before[name])
 
     def role_weights(self) -> dict[str, Tensor]:
-        # DeepSpeed's own files have all that is trained
-        fake = self.policies.parameters("fake") if "fake" in self.policies and not self.is_deepspeed_enabled else {}
+        # a model of its own that FSDP shards is saved with the student, and DeepSpeed's files have all that is trained
+        elsewhere = self.is_deepspeed_enabled or self.models_apart() or "fake" not in self.policies
+        fake = {} if elsewhere else self.policies.parameters("fake")
         return super().role_weights() | {f"fake.{name}": parameter.data for name, parameter in fake.items()}
 
     def clip_groups(self) -> list[list[nn.Parameter]]:
@@ -533,21 +541,22 @@ class DistillBase(ClipTrainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=number)
 
 
-def check_sharded(args: VideoDistillConfig, peft_config: PeftConfig | None) -> None:
+def check_sharded(args: VideoDistillConfig, peft_config: PeftConfig | None, kind: str) -> None:
     """
     Refuse what does not work with sharded weights.
 
     Args:
         args ([`VideoDistillConfig`]): The run's.
         peft_config (`LoraConfig`, *optional*): The roles' adapters.
+        kind (`str`): `"FSDP"` or `"DeepSpeed"`.
 
     Raises:
         `ValueError`: Says what to set.
     """
-    if peft_config is None:
+    if peft_config is None and kind == "DeepSpeed":
         raise ValueError(
-            "without peft_config each role is a model of its own, and FSDP and DeepSpeed shard one: pass a LoraConfig, or use "
-            "--accelerate_config multi_gpu"
+            "without peft_config each role is a model of its own, and DeepSpeed shards one: pass a LoraConfig, or use "
+            "--accelerate_config fsdp2 or multi_gpu"
         )
     if args.loss_type == "consistency" and args.consistency == "continuous" and args.tangent == "jvp":
         raise ValueError("tangent='jvp' cannot pass through sharded weights: set tangent='finite_difference'")

@@ -179,7 +179,7 @@ class VideoDistillTrainer(DistillBase):
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> Tensor:
         """A micro-batch of the present turn. Gradients stay local until the last one of the step."""
-        model.train()
+        (model if self._apart is None else self.model).train()  # what FSDP shards beside it may be a frozen teacher
         if self._micro_step == 0:  # the Trainer clears the gradients of its model only, and copies are not inside it
             for parameter in itertools.chain(*self.clip_groups()):
                 parameter.grad = None
@@ -192,8 +192,9 @@ class VideoDistillTrainer(DistillBase):
                 # a weight that was cast in a rollout without gradient must be cast again where there is one
                 with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
                     loss, x = self.student_loss(inputs) if role == "student" else self.fake_loss(inputs, x)
-                self.means.add(f"loss/{role}", loss)
-                loss = self.finite_or_skip(loss, inputs["sample_ids"]) * share
+                kept = self.finite_or_skip(loss, inputs["sample_ids"])
+                self.means.add(f"loss/{role}", loss if kept is loss else loss * torch.nan)
+                loss = kept * share
                 self.policies.require(role)
                 self.backward(loss.float(), last=False)
             total += loss.detach()

@@ -72,28 +72,29 @@ def check_denoisers(args: VideoGRPOConfig, model: VideoModel, trained: Sequence[
         )
 
 
-def check_sharded(args: VideoGRPOConfig, model: VideoModel, own_reference: bool) -> None:
+def check_sharded(args: VideoGRPOConfig, own_reference: bool, kind: str) -> None:
     """
-    Refuse what does not work with sharded weights (FSDP, DeepSpeed).
+    Refuse what does not work with sharded weights.
 
     Args:
-        args ([`VideoGRPOConfig`]), model ([`VideoModel`]): The run's.
+        args ([`VideoGRPOConfig`]): The run's.
         own_reference (`bool`): The divergence is from a copy of the weights.
+        kind (`str`): `"FSDP"` or `"DeepSpeed"`.
 
     Raises:
         `ValueError`: If the run needs it.
     """
+    if kind == "FSDP":
+        return
     if args.loss_type in ("nft", "awm"):
-        raise ValueError(f"loss_type={args.loss_type!r} keeps an old policy, which does not work with sharded weights")
+        raise ValueError(
+            f"loss_type={args.loss_type!r} keeps an old policy, which does not work with DeepSpeed: shard with FSDP "
+            "(--accelerate_config fsdp2)"
+        )
     if own_reference:
         raise ValueError(
-            "beta > 0 keeps a copy of the weights as the reference here, which does not work with sharded weights (FSDP, "
-            "DeepSpeed): train an adapter (peft_config) without sync_ref_model, or set beta=0"
-        )
-    if not model.per_sample_sigma and args.per_device_train_batch_size > 1:
-        raise ValueError(
-            f"{type(model.pipe).__name__} takes one noise level a call, and with sharded weights (FSDP, DeepSpeed) "
-            "all processes need equally many calls: set per_device_train_batch_size=1 and raise gradient_accumulation_steps"
+            "beta > 0 keeps a copy of the weights as the reference here, which does not work with DeepSpeed: train an adapter "
+            "(peft_config) without sync_ref_model, set beta=0, or shard with FSDP (--accelerate_config fsdp2)"
         )
 
 

@@ -60,22 +60,19 @@ def noised(
         )
 
 
-def micro_batches(
-    items: Sequence[Item], size: int, expert: Callable[[float], str], experts: Sequence[str]
-) -> list[list[Item]]:
+def micro_batches(items: Sequence[Item], size: int, kind: Callable[[Item], tuple]) -> list[list[Item]]:
     """
-    Micro-batches of at most so many items, each of one expert.
+    Micro-batches of at most so many items, each of one kind.
 
     Args:
         items (`Sequence[Item]`): In their order.
         size (`int`): Of the largest.
-        expert (`Callable`): The denoiser that is used at a noise level.
-        experts (`Sequence[str]`): The denoisers in training.
+        kind (`Callable`): What items of a micro-batch have in common, to sort them by.
     """
     return [
         mine[i : i + size]
-        for name in experts
-        for mine in [[item for item in items if expert(item.noise_level) == name]]
+        for wanted in sorted({kind(item) for item in items})
+        for mine in [[item for item in items if kind(item) == wanted]]
         for i in range(0, len(mine), size)
     ]
 

@@ -169,7 +169,7 @@ class VideoGRPOTrainer(VideoTrainer):
         own_reference = args.beta > 0 and (args.sync_ref_model or not self.has_adapter)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if sharded:
-            check_sharded(args, self.video_model, own_reference)
+            check_sharded(args, own_reference, "FSDP" if self.is_fsdp_enabled else "DeepSpeed")
         # roles on the one base: a set of trainable weights each, saved with every checkpoint
         if args.loss_type in ("nft", "awm"):
             self.roles["old"] = WeightAverage(self.model, decay=0.5)
@@ -289,9 +289,10 @@ class VideoGRPOTrainer(VideoTrainer):
         conditions: list[Condition] = []
         negatives: list[Condition] = []
         own = args.guidance_scale != 1.0 and self.negative_condition is None
-        for key, row in inputs:  # one after the other, so that both branches share the encoded image
-            conditions.append(self.condition(key[4], row))
-            negatives += [self.condition(key[4], row, negative=True)] if own else []
+        with self.equal_calls():  # a negative branch may come after a call of the positive one
+            for key, row in inputs:  # one after the other, so that both branches share the encoded image
+                conditions.append(self.condition(key[4], row))
+                negatives += [self.condition(key[4], row, negative=True)] if own else []
         self._group_conditions = dict(zip(groups, conditions, strict=True))
         self._group_negatives = dict(zip(groups, negatives, strict=False))
 
@@ -468,14 +469,14 @@ class VideoGRPOTrainer(VideoTrainer):
             )
             for part in parts
         ]
-        with self.roles["old"].swapped_in(), self.accelerator.autocast():
+        with self.roles["old"].swapped_in(), self.equal_calls(), self.accelerator.autocast():
             for part, given in zip(parts, inputs, strict=True):
                 for item, v in zip(part, self._velocity(self.model, *given), strict=True):
                     item.v_old = v
-        if args.loss_type == "awm" and several_updates:
-            for part, given in zip(parts, inputs, strict=True):
-                with self.accelerator.autocast():
-                    v = self._velocity(self.model, *given)
+        several = parts if args.loss_type == "awm" and several_updates else []
+        with self.equal_calls(), self.accelerator.autocast():
+            for part, given in zip(several, inputs, strict=False):
+                v = self._velocity(self.model, *given)
                 noise, x0 = (torch.stack([getattr(item, name) for item in part]) for name in ("noise", "x0"))
                 log_prob = awm_log_prob(v, noise, x0, given[1], args.awm_weighting, self._free(given[2]))
                 for item, value in zip(part, log_prob, strict=True):
@@ -488,7 +489,18 @@ class VideoGRPOTrainer(VideoTrainer):
         return share_out(items, self.args, self.accelerator, lambda part: self._batches(part, size))
 
     def _batches(self, items: list[Item], size: int) -> list[list[Item]]:
-        return micro_batches(items, size, self.video_model.expert, self.denoiser_names)
+        return micro_batches(items, size, self._called_alike)
+
+    @property
+    def _mixed(self) -> bool:
+        """Whether one call takes several noise levels."""
+        return self.video_model.per_sample_sigma and self.video_model.boundary is None
+
+    def _called_alike(self, item: Item) -> tuple[int, float]:
+        """What items of a micro-batch share: the expert, and the noise level where one call takes one: so all make one call."""
+        expert = self.denoiser_names.index(self.video_model.expert(item.noise_level))
+        # the calls of a reused rollout have been made
+        return expert, 0.0 if self._mixed or self.reuse_rollout else item.noise_level
 
     # ---- Loss ----
 
@@ -504,7 +516,7 @@ class VideoGRPOTrainer(VideoTrainer):
 
     def _velocity(self, model: nn.Module, x: Tensor, sigma: Tensor, groups: list[int]) -> Tensor:
         """Guided as in the rollout; one call per noise level where the family cannot mix them."""
-        mixed = self.video_model.per_sample_sigma and self.video_model.boundary is None
+        mixed = self._mixed
         parts = [torch.arange(len(x))] if mixed else [(sigma == s).nonzero().flatten() for s in sigma.unique()]
         velocities = [
             guided_velocity(
@@ -628,8 +640,10 @@ class VideoGRPOTrainer(VideoTrainer):
         """Forward and backward of a slice's micro-batches; before the first ones of a generation nothing has been learned."""
         total = torch.zeros((), device=self.args.device)
         for i, batch in enumerate(batches):
-            last = i == len(batches) - 1  # gradients are exchanged once, with the last one
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            # gradients are exchanged once, with the last one, unless that may be left out
+            last = i == len(batches) - 1
+            exchanged = last or (self.is_fsdp_enabled and self.args.on_nan == "skip")
+            with contextlib.nullcontext() if exchanged else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(model, batch)
                 if fresh and i == 0 and self.args.loss_type in ("clipped", "dppo"):

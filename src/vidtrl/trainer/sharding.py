@@ -39,6 +39,20 @@ def shard_on_cpu(accelerator: Accelerator) -> None:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
 
 
+def exchange_each_micro_batch(args: VideoTrainingConfig) -> None:
+    """
+    Exchange the gradients of sharded weights after every micro-batch, where one may be left out.
+
+    Else FSDP keeps those of earlier micro-batches until the backward pass of the last one, which may be the one left out.
+
+    Args:
+        args ([`VideoTrainingConfig`]): Filled in place; no accelerator was made of it yet.
+    """
+    if args.on_nan == "skip" and _asked_for("ACCELERATE_USE_FSDP"):
+        given = args.accelerator_config.gradient_accumulation_kwargs or {}
+        args.accelerator_config.gradient_accumulation_kwargs = {**given, "sync_each_batch": True}
+
+
 def _asked_for(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
 
@@ -75,6 +89,34 @@ def prepare_fsdp(accelerator: Accelerator, denoiser: nn.Module) -> None:
     accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
 
 
+class Models(nn.Module):
+    """
+    Several models as one module, for what takes one module: accelerate shards it, and a checkpoint of the optimizer names its
+    weights. It is never called: each model is, and for FSDP each is a root.
+
+    Args:
+        models (`dict[str, nn.Module]`): By the names that their weights' names begin with.
+    """
+
+    def __init__(self, models: dict[str, nn.Module]):
+        super().__init__()
+        for name, model in models.items():
+            self.add_module(name, model)
+
+
+def shard_apart(accelerator: Accelerator, models: dict[str, nn.Module]) -> None:
+    """
+    Choose that each of several models is sharded for itself, in the same way.
+
+    Args:
+        accelerator (`Accelerator`): That [`prepare_fsdp`] has seen; the [`Models`] are not prepared yet.
+        models (`dict[str, nn.Module]`): The models.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    classes = {type(model).__name__ for model in models.values()}
+    plugin.transformer_cls_names_to_wrap = sorted({*plugin.transformer_cls_names_to_wrap, *classes})
+
+
 def set_up_ddp(args: VideoTrainingConfig, num_denoisers: int) -> None:
     """
     Fill what is not set of DDP's options.
@@ -109,10 +151,10 @@ def check_sharded(args: VideoTrainingConfig, num_denoisers: int, kind: str) -> N
             "FSDP and DeepSpeed shard one denoiser, called alike by all processes: set experts='high' or 'low' and train the "
             "other one in a second run, or train both with DDP (`accelerate launch` without them)"
         )
-    if args.on_nan == "skip":
+    if args.on_nan == "skip" and kind == "DeepSpeed":
         raise ValueError(
-            "on_nan='skip' does not work with sharded weights (FSDP, DeepSpeed): a process that leaves out a micro-batch would "
-            "leave the others waiting for its share. Set on_nan='raise'"
+            "on_nan='skip' does not work with DeepSpeed: a process that leaves out a micro-batch would leave the others waiting "
+            "for its share. Set on_nan='raise', or shard with FSDP (--accelerate_config fsdp2)"
         )
 
 
