@@ -295,10 +295,33 @@ def test_roles_of_a_distillation_share_a_sharded_base():
     assert zero3["denoiser"] <= shards["denoiser"]
 
 
+@pytest.mark.parametrize("teacher", [None, "another"])
+def test_models_of_a_distillation_are_sharded_each_and_another_teacher_is_not(teacher):
+    options = {"teacher_model": toy.pipeline_path()} if teacher else {}
+    whole, shards = (
+        estimate("distill", SIZE, toy.pipeline_path(), strategy=s, num_processes=4, **options).phases["student step"]
+        for s in ("ddp", "fsdp2")
+    )
+    one = whole["denoiser"]
+    assert whole["roles"] == 2 * one  # fake score and teacher
+    assert shards["denoiser"] == one // 4 and shards["roles"] == (one + one // 4 if teacher else one // 2)
+
+
+def test_an_old_policy_is_sharded_and_so_is_what_it_takes_the_place_of():
+    config = dict(SIZE, recipe="diffusion-nft", num_generations=2, per_device_train_batch_size=2, bf16=False, beta=0.0)
+    whole, shards = (
+        estimate("grpo", config, toy.pipeline_path(), strategy=s, num_processes=4).phases for s in ("ddp", "fsdp2")
+    )
+    for phase, copies in (("rollout", 2), ("update", 1)):
+        assert whole[phase]["roles"] == copies * whole[phase]["denoiser"] == 4 * shards[phase]["roles"]
+
+
 @pytest.mark.parametrize("kind", ["experts", "fsdp2", "zero2"])
 def test_a_rollout_is_counted_as_the_trainer_runs_it(kind):
     """With two experts, or sharded weights, no update uses the rollout's forward; with one whole denoiser it does."""
-    config = dict(SIZE, num_generations=4, per_device_train_batch_size=4, num_inference_steps=2, use_cpu=True)
+    config = dict(
+        SIZE, num_generations=4, per_device_train_batch_size=4, num_inference_steps=2, use_cpu=True, ema_decay=0.0
+    )
     model, options = toy.pipeline_path(), {"peft_config": LORA}
     if kind == "experts":
         model, call = tiny_pipelines.wan22()
@@ -368,6 +391,15 @@ def test_quantised_weights_take_less():
 # ---- What is refused ----
 
 
+JVP = dict(SIZE, recipe="rcm", tangent="jvp")
+
+
+def test_fsdp_is_no_alternative_where_the_trainer_refuses_it():
+    for config, proposed in ((JVP, False), (SIZE, True)):
+        found = alternatives("distill", config, toy.pipeline_path())
+        assert any("FSDP2" in text for text, _ in found) == proposed and len(found) > 1
+
+
 @pytest.mark.parametrize(
     ("trainer", "change", "message"),
     [
@@ -376,7 +408,13 @@ def test_quantised_weights_take_less():
         ("sft", dict(model="nobody/not-cached"), "cached or can be reached"),
         ("sft", dict(config=dict(SIZE, num_frames=16)), "nearest is 17"),
         ("sft", dict(strategy="fsdp3"), "fsdp2"),
-        ("distill", dict(strategy="zero3", num_processes=2), "peft_config"),
+        ("distill", dict(strategy="zero3", num_processes=2), "pass a LoraConfig"),
+        (
+            "grpo",
+            dict(config=dict(SIZE, recipe="diffusion-nft", ema_decay=0.0), strategy="zero2", num_processes=2),
+            "keeps an old policy.*fsdp2",
+        ),
+        ("distill", dict(config=JVP, strategy="fsdp2", num_processes=2), "finite_difference"),
         ("sft", dict(quantization_bits=4), "peft_config"),
     ],
 )

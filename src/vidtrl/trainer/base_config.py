@@ -63,7 +63,8 @@ class VideoTrainingConfig(TrainingArguments):
             Optimizer steps (of a distillation: the student's) between two updates of that average.
         on_nan (`str`, *optional*, defaults to `"raise"`):
             What a NaN or infinite loss does: `"raise"` stops the run and names step and samples, `"skip"` drops the
-            micro-batch, leaves it out of the logged loss and counts it in the metric `num_skipped_batches`.
+            micro-batch, leaves it out of the logged loss and counts it in the metric `num_skipped_batches`. With FSDP all
+            processes drop theirs together.
 
         > Parameters that control validation videos
 

@@ -192,7 +192,7 @@ class VideoDistillTrainer(DistillBase):
                 # a weight that was cast in a rollout without gradient must be cast again where there is one
                 with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
                     loss, x = self.student_loss(inputs) if role == "student" else self.fake_loss(inputs, x)
-                kept = self.finite_or_skip(loss, inputs["sample_ids"])
+                kept = self.finite_or_skip(loss, inputs["sample_ids"], 1 / len(roles))
                 self.means.add(f"loss/{role}", loss if kept is loss else loss * torch.nan)
                 loss = kept * share
                 self.policies.require(role)

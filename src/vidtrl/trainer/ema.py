@@ -92,12 +92,16 @@ class WeightAverage:
             local(parameter).copy_(local(weights[name]))
 
     @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """The module holds the average inside this context, and its own weights again after it."""
+    def swapped_in(self) -> Iterator[dict[str, Tensor]]:
+        """
+        The module holds the average inside this context, and its own weights again after it.
+
+        Yields this process's part of its own weights.
+        """
         own = {name: local(p).detach().clone() for name, p in self.parameters.items()}
         self.copy_to_module()
         try:
-            yield
+            yield own
         finally:
             with torch.no_grad():
                 self._fill(own)

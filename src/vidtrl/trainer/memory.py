@@ -21,11 +21,12 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftConfig
 from torch import nn
 
+from . import distill_base, grpo_checks, sharding
 from .base_config import VideoTrainingConfig
 from .distill_config import VideoDistillConfig
 from .grpo_config import VideoGRPOConfig
 from .lora import repeated_blocks
-from .memory_run import Phase, Run
+from .memory_run import Phase, Run, nbytes
 from .memory_steps import trace_run
 from .sft_config import VideoSFTConfig
 
@@ -171,9 +172,9 @@ def estimate(
     if teacher_model is not None and trainer != "distill":
         raise ValueError(f"teacher_model is for trainer='distill', not {trainer!r}")
     config = as_config(trainer, config, num_processes)
-    if trainer == "distill" and strategy != "ddp" and peft_config is None:
-        raise ValueError("distillation works with strategy='ddp', and with the others if there is a peft_config")
     run, phases = trace_run(trainer, config, model, peft_config, teacher_model, sharded=strategy != "ddp")
+    if strategy != "ddp":
+        _check_sharded(trainer, run, "FSDP" if strategy == "fsdp2" else "DeepSpeed")
     share = _quantised_share(run.denoiser, quantization_bits)
     for name, phase in phases.items():
         phase["denoiser"] = round(phase["denoiser"] * share)
@@ -181,6 +182,17 @@ def estimate(
             phases[name] = _sharded(phase, run, strategy, num_processes)
     setting = run.setting() | ({"quantised to": f"{quantization_bits} bit"} if quantization_bits else {})
     return MemoryEstimate(trainer, run.name, setting, strategy, num_processes, phases)
+
+
+def _check_sharded(trainer: str, run: Run, kind: str) -> None:
+    """Refuse what the trainer refuses of sharded weights."""
+    args = run.args
+    sharding.check_sharded(args, 2 if run.both_trained else 1, kind)
+    if trainer == "grpo":
+        own_reference = args.beta > 0 and (args.sync_ref_model or run.peft_config is None)
+        grpo_checks.check_sharded(args, own_reference, kind)
+    elif trainer == "distill":
+        distill_base.check_sharded(args, run.peft_config, kind)
 
 
 def planned_config(cls: type[VideoTrainingConfig], num_processes: int) -> type[VideoTrainingConfig]:
@@ -249,8 +261,11 @@ def _sharded(phase: Phase, run: Run, strategy: str, number: int) -> Phase:
     kept = ("gradients", "optimizer") if strategy != "ddp" else ()
     if isinstance(args, VideoDistillConfig) and strategy in ("zero2", "zero3"):
         kept, communication = ("optimizer",), communication + phase.get("gradients", 0)
-    for part in kept if strategy in ("ddp", "zero2") else (*kept, "denoiser", "adapters", "ema"):
-        phase[part] = math.ceil(phase.get(part, 0) / number)
+    # another teacher is whole on each device
+    apart = {"roles": nbytes(next(iter(run.teacher.denoisers.values())).parameters())} if run.own_teacher else {}
+    for part in kept if strategy in ("ddp", "zero2") else (*kept, "denoiser", "adapters", "ema", "roles"):
+        fixed = apart.get(part, 0)
+        phase[part] = fixed + math.ceil((phase.get(part, fixed) - fixed) / number)
     phase["communication"] = communication
     return phase
 
@@ -293,8 +308,7 @@ def alternatives(
         changes.append(("a LoRA adapter of rank 32 (use_peft)", {}, {"peft_config": LoraConfig(r=32)}))
     elif kwargs.get("quantization_bits") is None:
         changes.append(("load_in_4bit=True", {}, {"quantization_bits": 4}))
-    shards = trainer != "distill" or kwargs.get("peft_config") is not None
-    if shards and kwargs.get("strategy", "ddp") in ("ddp", "zero2"):
+    if kwargs.get("strategy", "ddp") in ("ddp", "zero2"):
         number = max(8, kwargs.get("num_processes", 1))
         changes.append(
             (f"FSDP2 over {number} devices{and_anew}", anew, {"strategy": "fsdp2", "num_processes": number})
@@ -304,5 +318,9 @@ def alternatives(
         changed = copy.copy(config)
         for name, value in fields.items():
             setattr(changed, name, value)
-        found.append((text, estimate(trainer, changed, model, **{**kwargs, **options})))
+        try:
+            found.append((text, estimate(trainer, changed, model, **{**kwargs, **options})))
+        except ValueError:
+            if options.get("strategy") != "fsdp2":
+                raise  # else the trainer would refuse this change
     return sorted(found, key=lambda one: one[1].total)

@@ -89,6 +89,7 @@ class Run:
         self._refuse(list(denoisers) if self.both_trained else [name], swapped)
         # one expert is trained, and only it is called here
         self.model.denoisers, self.model.boundary = {name: self.denoiser}, None
+        self.own_teacher = teacher_model is not None
         self.further_roles = further_roles(args, own_teacher=teacher_model is not None)
         causal = getattr(args, "is_causal", getattr(args, "causal", None) is not None)
         self.causal = CausalAttention(self.model) if causal else None

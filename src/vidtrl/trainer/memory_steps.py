@@ -131,6 +131,12 @@ def grpo_phases(run: Run) -> dict[str, Phase]:
         x = torch.randn(number, *run.latent_shape)
         return guided(x, SIGMA, run.condition[[0] * number], negative)
 
+    @contextlib.contextmanager
+    def swapped_in(role: WeightAverage):
+        with role.swapped_in() as own:
+            run.trace.own(own.values(), "roles")
+            yield
+
     root = torch.zeros((), requires_grad=True)  # a real one, which is not counted
 
     def velocities() -> list[Tensor]:
@@ -148,7 +154,7 @@ def grpo_phases(run: Run) -> dict[str, Phase]:
         return found + [velocity(n) for n in graphs[left_out + 2 :]]
 
     def rollout() -> None:
-        old = roles["old"].swapped_in() if args.loss_type == "nft" else contextlib.nullcontext()
+        old = swapped_in(roles["old"]) if args.loss_type == "nft" else contextlib.nullcontext()
         memory = run.latents(videos, copies=1 + kept)
         with old, torch.no_grad():
             with run.autocast():
@@ -165,7 +171,7 @@ def grpo_phases(run: Run) -> dict[str, Phase]:
     def loss() -> Tensor:
         x, drawn_x, mean = run.latents(batch, copies=3)
         if args.beta > 0:
-            reference = roles["reference"].swapped_in() if "reference" in roles else run.policies.active("base")
+            reference = swapped_in(roles["reference"]) if "reference" in roles else run.policies.active("base")
             with torch.no_grad(), reference:
                 velocity(batch)
         v = torch.cat(velocities())

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import AutocastKwargs, DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -34,8 +34,13 @@ def shard_on_cpu(accelerator: Accelerator) -> None:
         raise ValueError(
             "DeepSpeed does not run with use_cpu: leave use_cpu out, or take the accelerate configuration multi_gpu or fsdp2"
         )
-    if _asked_for("ACCELERATE_USE_FSDP") and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        accelerator.state.distributed_type = DistributedType.FSDP
+    processes = (
+        DistributedType.MULTI_CPU,
+        DistributedType.FSDP,
+    )  # the latter after an earlier trainer of this process
+    if _asked_for("ACCELERATE_USE_FSDP") and accelerator.distributed_type in processes:
+        # every later state begins as a copy of this one
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
 
 
