@@ -21,7 +21,7 @@ from sft_setup import digest
 from tiny_pipelines import wan
 from torch.distributed.fsdp import fully_shard
 
-from vidtrl.trainer.sharding import EqualCalls, prepare_fsdp, shard_on_cpu
+from vidtrl.trainer.sharding import EqualCalls, check_sharded, prepare_fsdp, shard_on_cpu
 
 
 # what `accelerate launch` makes of accelerate_configs/fsdp2.yaml
