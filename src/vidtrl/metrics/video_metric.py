@@ -1,5 +1,5 @@
-"""The metric of a reward. This file is also the script that `evaluate.load` takes: it copies the file elsewhere and runs
-the copy, so nothing here may be imported relatively, and no other metric class may stand in the module."""
+"""The metric of a reward. This file is also the script that `evaluate.load` takes: it copies the file elsewhere and
+runs the copy, so nothing here may be imported relatively, and no other metric class may stand in the module."""
 
 import math
 import os
@@ -35,15 +35,15 @@ def load(reward: str | Callable, **kwargs) -> "VideoMetric":
     >>> from vidtrl import metrics
 
     >>> metric = metrics.load("motion-direction")
-    >>> metric.compute(predictions=["a.mp4", "b.mp4"], references=["a boat sailing left", "a red boat"], per_clip=True)
-    {'motion-direction': 0.9, 'motion-direction/num_scored': 1, 'motion-direction/num_not_applicable': 1, 'motion-direction/scores': [0.9, None]}
+    >>> metric.compute(predictions=["a.mp4", "b.mp4"], references=["a boat sailing left", "a boat"])
+    {'motion-direction': 0.9, 'motion-direction/num_scored': 1, 'motion-direction/num_not_applicable': 1}
     ```
     """
     return VideoMetric(reward=reward, **kwargs)
 
 
 def script_path() -> str:
-    """The script for `evaluate.load(script_path(), "motion-magnitude")`, whose second argument is the reward's name."""
+    """The script for `evaluate.load(script_path(), "flicker")`, whose second argument names the reward."""
     return os.path.abspath(__file__)
 
 
@@ -51,15 +51,15 @@ class VideoMetric(evaluate.Metric):
     """
     A reward as an `evaluate.Metric`: `predictions` are video files, `references` their prompts.
 
-    Every frame of a file is given to the reward, as float32 in [0, 1], one clip at a time, through [`RewardRunner`] as in
-    training: sync and async functions, checked values. `compute` takes, beside `predictions` and `references`,
+    Every frame of a file is given to the reward, as float32 in [0, 1], one clip at a time, through [`RewardRunner`] as
+    in training: sync and async functions, checked values. `compute` takes, beside `predictions` and `references`,
 
     - `per_clip` (`bool`): also return the score of each clip;
     - every column that the reward reads, such as `direction`: a list with one value a clip.
 
-    It returns, under the reward's name, the mean over the clips that the reward applies to (`None` where there are none),
-    and how many there were: `{name}/num_scored`, `{name}/num_not_applicable`; with `per_clip` `{name}/scores`, a list with a float or
-    `None` a clip.
+    It returns, under the reward's name, the mean over the clips that the reward applies to (`None` where there are
+    none); how many they are and how many the others, `{name}/num_scored` and `{name}/num_not_applicable`; and with
+    `per_clip` `{name}/scores`, a list with a float or `None` a clip.
 
     Args:
         config_name (`str`, *optional*): Name of the reward: what `evaluate.load` passes as its second argument.
@@ -68,8 +68,8 @@ class VideoMetric(evaluate.Metric):
         kwargs: Of `evaluate.Metric`: `num_process`, `process_id`, `experiment_id`, `cache_dir`, `keep_in_memory`.
 
     Raises:
-        `ValueError`: If the name is unknown or missing. `compute` raises it for a file that is missing or no video, before
-            any clip is scored. `RewardError` names the file on which a reward fails.
+        `ValueError`: If the name is unknown or missing. `compute` raises it for a file that is missing or no video,
+            before any clip is scored. `RewardError` names the file on which a reward fails.
     """
 
     def __init__(self, config_name: str | None = None, reward: str | Callable | None = None, device="cpu", **kwargs):
@@ -121,8 +121,8 @@ class VideoMetric(evaluate.Metric):
         for name, values in columns.items():
             if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != len(predictions):
                 raise ValueError(
-                    f"{name!r} is no option of this metric; as a column it must be a list of {len(predictions)} values, "
-                    "one a clip"
+                    f"{name!r} is no option of this metric; as a column it must be a list of {len(predictions)} "
+                    "values, one a clip"
                 )
         for path in predictions:  # what is missing shows now, and not after an hour
             probe_video(path)
