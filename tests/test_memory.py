@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny_pipelines  # noqa: E402
+from hub_server import hub  # noqa: E402, F401
 
 from vidtrl import (  # noqa: E402
     VideoDistillConfig,
@@ -227,6 +228,23 @@ def test_configurations_are_enough(tmp_path):
     path = wan_configs(tmp_path / "wan")
     assert not list(Path(path).rglob("*.safetensors"))
     assert estimate("sft", SIZE, path, peft_config=LORA).phases == with_weights.phases
+
+
+def test_a_model_on_the_hub_is_known_by_its_configurations(hub):  # noqa: F811
+    """Another one than is here, of which nothing but JSON is downloaded."""
+    root = Path(toy.pipeline_path())
+    files = {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    assert any(name.endswith(".safetensors") for name in files)
+    hub.put("lab/wan", files)
+    assert (
+        estimate("sft", SIZE, "lab/wan", peft_config=LORA).phases
+        == estimate("sft", SIZE, root, peft_config=LORA).phases
+    )
+    asked = {path.split("/resolve/")[1].split("/", 1)[1] for _, path, _ in hub.requests if "/resolve/" in path}
+    assert {"model_index.json", "transformer/config.json"} <= asked and all(name.endswith(".json") for name in asked)
+    assert not hub.count("GET", "/cdn/")
+    with pytest.raises(ValueError, match="lab/other"):
+        estimate("sft", SIZE, "lab/other", peft_config=LORA)
 
 
 def test_weights_gradients_and_states_by_hand(tmp_path):

@@ -149,7 +149,21 @@ def test_eight_clients_lose_nothing_when_the_server_is_killed_and_restarted(tmp_
     argv = ["--reward", f"{judge}:judge", "--max_queue", "4", "--batch_size", "8"]
     env = {"CALLS": str(calls), "VIDTRL_REWARD_TOKEN": TOKEN}
     first = Process(*argv, **env)
-    results, errors = {}, []
+    results, errors, refused = {}, [], set()
+
+    def stranger(stop):  # all the while, through both servers
+        mine = {"Authorization": f"Bearer {TOKEN}"}
+        bad = [
+            (body_of(), {"Authorization": "Bearer another-token-altogether"}),
+            (b"", {**mine, "Content_Length": str(1 << 40)}),
+            (bytes(range(256)) * 20, mine),
+            (body_of()[:-1], mine),
+            (pickle.dumps([0.5]), {**mine, "Content_Type": "application/x-pickle"}),
+        ]
+        while not stop.wait(0.02):
+            for body, headers in bad:
+                with contextlib.suppress(OSError, http.client.HTTPException):  # none of the two servers is there
+                    refused.add(send(first.url, body, **headers)[0])
 
     def client(number):
         reward = RemoteReward(first.url, token=TOKEN, batch_size=3, max_retries=200)
@@ -163,7 +177,9 @@ def test_eight_clients_lose_nothing_when_the_server_is_killed_and_restarted(tmp_
             errors.append(error)
 
     clients = [threading.Thread(target=client, args=(number,)) for number in range(1, 9)]
-    for thread in clients:
+    stop = threading.Event()
+    nuisance = threading.Thread(target=stranger, args=(stop,))
+    for thread in [*clients, nuisance]:
         thread.start()
     while calls.read_text().count("\n") < 12 and not errors:
         time.sleep(0.005)
@@ -172,6 +188,8 @@ def test_eight_clients_lose_nothing_when_the_server_is_killed_and_restarted(tmp_
     second = Process(*argv, port=urlsplit(first.url).port, **env)
     for thread in clients:
         thread.join()
+    stop.set(), nuisance.join()
+    assert {400, 401, 413, 415} <= refused <= {400, 401, 413, 415, 503}  # 503: the queue was full
     code, output = second.end()
     assert errors == [] and len(results) == 8 * 10 * 7
     assert all(score == i + 0.125 for i, score in results.items())
