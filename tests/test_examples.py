@@ -382,6 +382,16 @@ def test_smoke_plan_of_four_stages(tmp_path):
 
 
 @pytest.mark.slow
+def test_smoke_stage_of_four(tmp_path):
+    """One of them, as run.sh starts each: a process of its own under `accelerate launch`. All four: test_cli_run.py."""
+    command = ["bash", str(EXAMPLES / "four_stages_wan" / "run.sh"), "--smoke", str(tmp_path), "--stages", "sft"]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "accelerate.commands.launch" in (tmp_path / "out" / "logs" / "sft.log").read_text()
+    assert not (tmp_path / "out" / "grpo").exists() and changes_samples(toy_pipe(), tmp_path / "out" / "sft")
+
+
+@pytest.mark.slow
 def test_smoke_four_stages_in_one_job(tmp_path):
     from vidtrl import load_student
     from vidtrl.prompts import PromptEnhancer
