@@ -90,6 +90,11 @@ def allocated_peak(function) -> int:
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         function()
+    return allocations(prof)
+
+
+def allocations(prof: profile) -> int:
+    """The largest number of bytes that the events of a profile have added at once."""
     todo, events = [(event, "") for event in prof.profiler.kineto_results.experimental_event_tree()], []
     while todo:
         event, parent = todo.pop()

@@ -640,10 +640,9 @@ class VideoGRPOTrainer(VideoTrainer):
         """Forward and backward of a slice's micro-batches; before the first ones of a generation nothing has been learned."""
         total = torch.zeros((), device=self.args.device)
         for i, batch in enumerate(batches):
-            # gradients are exchanged once, with the last one, unless that may be left out
+            # gradients are exchanged once, with the last one; those of shards with each, or they would be whole until then
             last = i == len(batches) - 1
-            exchanged = last or (self.is_fsdp_enabled and self.args.on_nan == "skip")
-            with contextlib.nullcontext() if exchanged else self.accelerator.no_sync(model):
+            with contextlib.nullcontext() if last or self.is_fsdp_enabled else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(model, batch)
                 if fresh and i == 0 and self.args.loss_type in ("clipped", "dppo"):

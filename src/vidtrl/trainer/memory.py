@@ -233,8 +233,8 @@ def _sharded(phase: Phase, run: Run, strategy: str, number: int) -> Phase:
     DDP: everything, and the buckets in which gradients are exchanged. FSDP2 and ZeRO-3: an N-th of weights, gradients and
     optimizer states; two blocks at a time are gathered (the one at work and the one fetched ahead), with FSDP2 also what lies
     outside the blocks, and a block's gradient is whole until it is scattered. ZeRO-2: an N-th of gradients and states.
-    DeepSpeed computes in weights of the autocast's dtype and keeps float32 ones beside the optimizer states; in distillation it
-    gets whole gradients, that DDP's way exchanges.
+    FSDP gathers weights in their own dtype. DeepSpeed computes in weights of the autocast's dtype and keeps float32 ones
+    beside the optimizer states; in distillation it gets whole gradients, that DDP's way exchanges.
     """
     phase, args = dict(phase), run.args
     width = 2 if args.bf16 or args.fp16 else 4
@@ -242,15 +242,19 @@ def _sharded(phase: Phase, run: Run, strategy: str, number: int) -> Phase:
     trained = {id(p) for p in run.trained_parameters()}
     blocks = [list(block.parameters()) for stack in repeated_blocks(run.denoiser).values() for block in stack]
     largest = max(blocks, key=lambda block: sum(p.numel() for p in block))
+
+    def size(p: nn.Parameter) -> int:
+        return p.nbytes if strategy == "fsdp2" else width * p.numel()
+
     communication = 0
     if strategy == "ddp":
         communication = sum(p.nbytes for p in parameters if id(p) in trained)
     elif strategy in ("fsdp2", "zero3"):
-        communication = 2 * sum(p.numel() for p in largest) * width
-        communication += sum(p.numel() for p in largest if id(p) in trained) * width
+        communication = 2 * sum(size(p) for p in largest)
+        communication += sum(size(p) for p in largest if id(p) in trained)
     if strategy == "fsdp2":
         inside = {id(p) for block in blocks for p in block}
-        communication += sum(p.numel() for p in parameters if id(p) not in inside) * width
+        communication += sum(size(p) for p in parameters if id(p) not in inside)
     if strategy in ("zero2", "zero3"):
         phase["optimizer"] = phase.get("optimizer", 0) + 4 * sum(p.numel() for p in parameters if id(p) in trained)
         if width == 2:

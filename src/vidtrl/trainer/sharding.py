@@ -46,14 +46,15 @@ def shard_on_cpu(accelerator: Accelerator) -> None:
 
 def exchange_each_micro_batch(args: VideoTrainingConfig) -> None:
     """
-    Exchange the gradients of sharded weights after every micro-batch, where one may be left out.
+    Exchange the gradients of sharded weights after every micro-batch.
 
-    Else FSDP keeps those of earlier micro-batches until the backward pass of the last one, which may be the one left out.
+    Else FSDP keeps those of earlier micro-batches until the backward pass of the last one: whole ones in every process, and
+    lost where `on_nan="skip"` leaves the last one out.
 
     Args:
         args ([`VideoTrainingConfig`]): Filled in place; no accelerator was made of it yet.
     """
-    if args.on_nan == "skip" and _asked_for("ACCELERATE_USE_FSDP"):
+    if _asked_for("ACCELERATE_USE_FSDP"):
         given = args.accelerator_config.gradient_accumulation_kwargs or {}
         args.accelerator_config.gradient_accumulation_kwargs = {**given, "sync_each_batch": True}
 
