@@ -173,6 +173,7 @@ def test_condition_slices_and_joins(wan):
         Condition.cat([ltx.condition("a cat", fps=fps, **call) for fps in (8, 16)])
     moved = both.to("cpu", torch.bfloat16)
     assert moved.samples[0]["encoder_hidden_states"].dtype == torch.bfloat16
+    assert equal(Condition.cat([moved[0], both[1]]), moved)
 
 
 def test_state_trims_padding_only():

@@ -3,7 +3,7 @@
 import pytest
 from distill_setup import make_trainer
 from safetensors.torch import load_file
-from zero_setup import check_equal, check_resumed, differences, needs_deepspeed, result
+from zero_setup import check_close, check_equal, check_resumed, differences, needs_deepspeed, result
 
 
 SGD = dict(
@@ -29,6 +29,7 @@ CASES = {
     # in the second step a process has trajectories to compute that the other one has already
     "regression": dict(SGD, loss_type="ode_regression", clips=True, seed=14, teacher_steps=4),
 }  # fmt: skip
+BF16 = dict(SGD, bf16=True, ema_decay=0.9, evaluate=True)
 # saved after each step: also before the student had a turn
 WHOLE = dict(
     LONG, optim="adamw_torch", learning_rate=1e-2, fake_learning_rate=1e-2, weight_decay=0.5, ema_decay=0.9, max_steps=5,
@@ -39,12 +40,12 @@ WHOLE = dict(
 
 @pytest.fixture(scope="module")
 def one(zero):
-    return zero("one", CASES | {"half": dict(CASES["dmd2"], per_device_train_batch_size=2)})
+    return zero("one", CASES | {"bf16": BF16, "half": dict(CASES["dmd2"], per_device_train_batch_size=2)})
 
 
 @pytest.fixture(scope="module", params=["zero2", "zero3"])
 def two(zero, request):
-    return zero(request.param, CASES | {"whole": WHOLE}, request.param)
+    return zero(request.param, CASES | {"bf16": BF16, "whole": WHOLE}, request.param)
 
 
 @pytest.mark.slow
@@ -52,6 +53,12 @@ def two(zero, request):
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_equal_one(one, two, name):
     check_equal(one, two, name)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_bfloat16_is_near(one, two):
+    check_close(one, two, "bf16")
 
 
 @pytest.mark.slow

@@ -220,7 +220,9 @@ class Condition:
                 raise ValueError(
                     f"Conditions made with different pipeline arguments cannot be one batch: {', '.join(different)} differ."
                 )
-        samples = [s for c in conditions for s in c.samples]
+        # DeepSpeed's bfloat16 changes the denoiser's dtype between what is captured before and in training
+        alike = [c if c.dtype == first.dtype else c.to(dtype=first.dtype) for c in conditions]
+        samples = [s for c in alike for s in c.samples]
         return cls(samples, first.shared, first.latent_shape, first.dtype, first.timestep_dtype)
 
     def free(self, device: torch.device | str | None = None) -> Tensor | None:
