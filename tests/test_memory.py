@@ -432,11 +432,6 @@ def test_fsdp_is_no_alternative_where_the_trainer_refuses_it():
         ("sft", dict(config=dict(SIZE, num_frames=16)), "nearest is 17"),
         ("sft", dict(strategy="fsdp3"), "fsdp2"),
         ("distill", dict(strategy="zero3", num_processes=2), "pass a LoraConfig"),
-        (
-            "grpo",
-            dict(config=dict(SIZE, recipe="diffusion-nft", ema_decay=0.0), strategy="zero2", num_processes=2),
-            "keeps an old policy.*fsdp2",
-        ),
         ("distill", dict(config=JVP, strategy="fsdp2", num_processes=2), "finite_difference"),
         ("sft", dict(quantization_bits=4), "peft_config"),
     ],

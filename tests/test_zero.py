@@ -23,7 +23,18 @@ CASES = {
     "best": dict(SFT, **BEST, max_steps=3, ema_decay=0.9),
     # one micro-step of two micro-batches, two micro-steps an update
     "grpo": dict(GRPO, **SAVED, gradient_accumulation_steps=2, beta=0.05, ema_decay=0.9, ema_update_steps=1),
-}
+    # the old policy samples, or is a part of the loss; the reference is a copy of the weights, at rest or moved
+    "nft": dict(GRPO, **SAVED, recipe="diffusion-nft", gradient_accumulation_steps=3, old_policy_decay=[0.001, 0.5]),
+    "nft, all weights": dict(
+        GRPO, recipe="diffusion-nft", gradient_accumulation_steps=3, lora=False, learning_rate=1e-2, beta=0.1,
+        old_policy_decay=[0.001, 0.5], max_steps=3,
+    ),
+    "awm": dict(GRPO, recipe="awm", num_train_sigmas=2, gradient_accumulation_steps=3, ema_decay=0.9, ema_update_steps=1, max_steps=3),
+    "moved": dict(
+        GRPO, **SAVED, recipe="longcat", gradient_accumulation_steps=3, beta=0.1, sync_ref_model=True,
+        ref_model_sync_steps=1, ref_model_mixup_alpha=0.5,
+    ),
+}  # fmt: skip
 BF16 = {
     "sft bf16": dict(SFT, max_steps=4, bf16=True, ema_decay=0.9),
     # the negative prompt is encoded before DeepSpeed rounds the denoiser, the others after it
@@ -76,7 +87,7 @@ def test_what_is_saved_is_the_average(one, two):
 
 
 def test_resumes_bit_exactly(zero, two):
-    resumed = ("sft", "grpo")
+    resumed = ("sft", "grpo", "nft", "moved")
     again = {name: dict(CASES[name], resume=str(two / name / "checkpoint-2")) for name in resumed}
     folder = zero(f"{two.name} resumed", again, two.name)
     for name in resumed:

@@ -52,7 +52,7 @@ def train(out, clips, cache, cases, accelerate_config=None) -> Path:
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=paths, DS_ACCELERATOR="cpu")
     command += [str(HERE / "zero_worker.py"), json.dumps(job)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.returncode == 0, done.stderr[-20000:]
     return out
 
 
@@ -81,9 +81,10 @@ def check_equal(one, two, name) -> None:
     assert len(whole["logs"]) == len(halves["logs"]) > 0
     for first, second in zip(whole["logs"], halves["logs"], strict=True):
         assert first.keys() == second.keys()
-        # that of a decision is of its share of the loss, which grows with the number of processes
-        measured = {m for m in first if m.endswith(("_time", "_per_second")) or "grad_norm/" in m}
-        for metric in first.keys() - measured:
+        # a decision's norm is of its share of the loss, which grows with the number of processes; what a prompt's videos share
+        # is computed in each process that has some of them
+        others = {m for m in first if m.endswith(("_time", "_per_second")) or m.startswith(("grad_norm/", "nfe"))}
+        for metric in first.keys() - others:
             assert second[metric] == pytest.approx(first[metric], rel=1e-3, abs=1e-5), metric
     assert halves["metrics"] == pytest.approx(whole["metrics"], rel=1e-4, abs=1e-6)
 

@@ -72,32 +72,6 @@ def check_denoisers(args: VideoGRPOConfig, model: VideoModel, trained: Sequence[
         )
 
 
-def check_sharded(args: VideoGRPOConfig, own_reference: bool, kind: str) -> None:
-    """
-    Refuse what does not work with sharded weights.
-
-    Args:
-        args ([`VideoGRPOConfig`]): The run's.
-        own_reference (`bool`): The divergence is from a copy of the weights.
-        kind (`str`): `"FSDP"` or `"DeepSpeed"`.
-
-    Raises:
-        `ValueError`: If the run needs it.
-    """
-    if kind == "FSDP":
-        return
-    if args.loss_type in ("nft", "awm"):
-        raise ValueError(
-            f"loss_type={args.loss_type!r} keeps an old policy, which does not work with DeepSpeed: shard with FSDP "
-            "(--accelerate_config fsdp2)"
-        )
-    if own_reference:
-        raise ValueError(
-            "beta > 0 keeps a copy of the weights as the reference here, which does not work with DeepSpeed: train an adapter "
-            "(peft_config) without sync_ref_model, set beta=0, or shard with FSDP (--accelerate_config fsdp2)"
-        )
-
-
 def check_on_policy(deviation: float, args: VideoGRPOConfig, denoiser: nn.Module) -> None:
     """
     Nothing has been learned yet from a generation, so the update must see what the rollout saw.

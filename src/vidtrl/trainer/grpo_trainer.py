@@ -50,7 +50,7 @@ from .callbacks import SyncReferenceCallback
 from .completions import CompletionLog
 from .draws import draw_seed
 from .ema import WeightAverage
-from .grpo_checks import check_arguments, check_denoisers, check_on_policy, check_sharded
+from .grpo_checks import check_arguments, check_denoisers, check_on_policy
 from .grpo_choices import choose_batch_guidance, choose_reuse, keep_graphs, load_choices, save_choices
 from .grpo_config import VideoGRPOConfig
 from .grpo_evaluation import evaluate_prompts
@@ -167,9 +167,6 @@ class VideoGRPOTrainer(VideoTrainer):
             data_collator=as_given,
         )
         own_reference = args.beta > 0 and (args.sync_ref_model or not self.has_adapter)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if sharded:
-            check_sharded(args, own_reference, "FSDP" if self.is_fsdp_enabled else "DeepSpeed")
         # roles on the one base: a set of trainable weights each, saved with every checkpoint
         if args.loss_type in ("nft", "awm"):
             self.roles["old"] = WeightAverage(self.model, decay=0.5)
@@ -181,7 +178,7 @@ class VideoGRPOTrainer(VideoTrainer):
             args,
             own_reference=own_reference,
             num_denoisers=len(self.video_model.denoisers),
-            sharded=sharded,
+            sharded=self.is_sharded,
             dropout=any(module.p > 0 for module in self.model.modules() if isinstance(module, nn.Dropout)),
         )
         self.batch_guidance = args.batch_guidance  # chosen before the first rollout, if left open

@@ -21,7 +21,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftConfig
 from torch import nn
 
-from . import distill_base, grpo_checks, sharding
+from . import distill_base, sharding
 from .base_config import VideoTrainingConfig
 from .distill_config import VideoDistillConfig
 from .grpo_config import VideoGRPOConfig
@@ -188,10 +188,7 @@ def _check_sharded(trainer: str, run: Run, kind: str) -> None:
     """Refuse what the trainer refuses of sharded weights."""
     args = run.args
     sharding.check_sharded(args, 2 if run.both_trained else 1, kind)
-    if trainer == "grpo":
-        own_reference = args.beta > 0 and (args.sync_ref_model or run.peft_config is None)
-        grpo_checks.check_sharded(args, own_reference, kind)
-    elif trainer == "distill":
+    if trainer == "distill":
         distill_base.check_sharded(args, run.peft_config, kind)
 
 
