@@ -1,8 +1,10 @@
 """What the DeepSpeed tests share: `accelerate launch` with a shipped configuration in two processes on a CPU."""
 
+import contextlib
 import importlib.util
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -39,9 +41,7 @@ def train(out, clips, cache, cases, accelerate_config=None) -> Path:
     out.mkdir()
     command = [sys.executable]
     if accelerate_config is not None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         command += ["-m", "accelerate.commands.launch", f"--config_file={CONFIGS / accelerate_config}.yaml"]
         command += ["--num_processes=2", f"--main_process_port={port}"]
         sizes = {name: case["per_device_train_batch_size"] // 2 for name, case in cases.items()}
@@ -54,6 +54,15 @@ def train(out, clips, cache, cases, accelerate_config=None) -> Path:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-20000:]
     return out
+
+
+def free_port() -> int:
+    """A port that no connection of other tests is given while the launcher starts, for seconds."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def result(folder, name) -> dict:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from transformers import training_args
 
 
-HANGS = 120  # seconds a case
+HANGS = 240  # seconds a case
 
 
 def whole(trainer) -> dict:
