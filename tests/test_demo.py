@@ -5,11 +5,14 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny_pipelines
 import torch
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -126,6 +129,25 @@ def test_demo_leaves_everything_it_promises(finished):
     )
     assert all(one["seconds"] > 0 and 1e8 < one["peak_memory"] < 1e11 for one in stages.values())
     assert results["seconds"] == pytest.approx(sum(one["seconds"] for one in stages.values()), abs=0.1)
+
+
+def test_pictures_of_the_readme_are_of_the_clips(finished, tmp_path):
+    folder, results = finished
+    script = Path(__file__).parent.parent / "scripts" / "demo_pictures.py"
+    command = [sys.executable, str(script), str(folder), str(tmp_path), "--rows", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, columns in (("demo_stages", 4), ("demo_users", 3)):
+        picture = Image.open(tmp_path / f"{name}.webp")
+        assert picture.n_frames == DemoSettings().num_frames
+        assert picture.size == (170 + 118 * columns, 44 + 118 * 3)
+    clip = read_video(folder / "videos" / "base" / results["clips"][2]["file"]).float()  # the second row: 2 of 0 to 3
+    picture = Image.open(tmp_path / "demo_stages.webp")
+    picture.seek(5)
+    shown = picture.convert("RGB").crop((170, 44 + 118, 170 + 112, 44 + 118 + 112)).resize((64, 64))
+    shown = torch.frombuffer(bytearray(shown.tobytes()), dtype=torch.uint8).view(64, 64, 3).permute(2, 0, 1).float()
+    error = [(frame - shown).abs().mean().item() for frame in clip]
+    assert min(error) == error[5] < 12
 
 
 def test_users_prompts_are_enhanced_for_the_model_and_judged_by_their_own_words(finished, base, tmp_path):
