@@ -128,7 +128,8 @@ class GenerationMetrics:
         if steps[0] is not None and velocity.requires_grad:
 
             def norms(gradient: Tensor) -> None:
-                for step, norm in zip(steps, gradient.float().flatten(1).norm(dim=1), strict=True):
+                # weights make up for the average over processes
+                for step, norm in zip(steps, gradient.float().flatten(1).norm(dim=1) / args.world_size, strict=True):
                     values[f"grad_norm/step_{step}"].append(norm)
                     if expert is not None:
                         values[f"{expert}/grad_norm"].append(norm)
