@@ -42,22 +42,6 @@ class Role:
 class HasSnapshot(Protocol):
     """State that a forward pass depends on and that a recomputation must find again."""
 
-    @contextlib.contextmanager
-    def training(self, *names: str) -> Iterator[None]:
-        """
-        Weights require gradients inside if they are trained ones of certain roles. No forward may run inside.
-
-        Args:
-            *names (`str`): The roles; none means all.
-        """
-        for name, role in self._roles.items():
-            for parameter in role.parameters.values():
-                parameter.requires_grad_(not names or name in names)
-        try:
-            yield
-        finally:
-            self._switch(*self._current)
-
     def snapshot(self) -> Callable[[], contextlib.AbstractContextManager]: ...
 
 

@@ -34,11 +34,9 @@ def shard_on_cpu(accelerator: Accelerator) -> None:
         raise ValueError(
             "DeepSpeed does not run with use_cpu: leave use_cpu out, or take the accelerate configuration multi_gpu or fsdp2"
         )
-    processes = (
-        DistributedType.MULTI_CPU,
-        DistributedType.FSDP,
-    )  # the latter after an earlier trainer of this process
-    if _asked_for("ACCELERATE_USE_FSDP") and accelerator.distributed_type in processes:
+    # FSDP after an earlier trainer of this process
+    several = accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.FSDP)
+    if _asked_for("ACCELERATE_USE_FSDP") and several:
         # every later state begins as a copy of this one
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
