@@ -96,8 +96,8 @@ def only_parse(monkeypatch):
     for cls, name in ((argparse.ArgumentParser, "parse_args"), (VidtrlParser, "parse_args_and_config")):
         original = getattr(cls, name)
 
-        def parse(self, args, original=original):
-            raise Parsed(original(self, args))
+        def parse(self, args=None, namespace=None, *, original=original):
+            raise Parsed(original(self, args) if namespace is None else original(self, args, namespace))
 
         monkeypatch.setattr(cls, name, parse)
 

@@ -197,6 +197,7 @@ def run(argv: Sequence[str]) -> int:
     )
     while not stop.wait(1.0):  # a wait without end would not let Windows see Ctrl-C
         pass
+    server.send_away()  # before the line that says so
     print("Stopping; running requests may finish.", flush=True)
     if not server.stop(args.grace):
         print(f"Requests were still running after {args.grace:g} s.", flush=True)

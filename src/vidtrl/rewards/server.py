@@ -166,6 +166,11 @@ class RewardServer(http.server.ThreadingHTTPServer):
         self._worker.start()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
 
+    def send_away(self) -> None:
+        """Answer new requests with 503 from now on; [`~RewardServer.stop`] does it as well."""
+        with self._changed:
+            self._stopping = True
+
     def stop(self, grace: float = 60.0) -> bool:
         """
         Send new requests away, wait for those under way, and close.
@@ -176,8 +181,8 @@ class RewardServer(http.server.ThreadingHTTPServer):
         Returns:
             `bool`: Whether every request got its answer.
         """
+        self.send_away()
         with self._changed:
-            self._stopping = True
             finished = self._changed.wait_for(lambda: self._active == 0, grace)
         self._waiting.put(None)
         self._worker.join(2.0)  # a thread that is freeing tensors while the interpreter ends would abort the process
