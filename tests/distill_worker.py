@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from datasets import load_from_disk
 from distill_setup import dataset, make_trainer, other_size, weights
 from safetensors.torch import save_file
-from sft_setup import digest, held
+from sft_setup import digest, held, moved
 from transformers import TrainerCallback
 
 from vidtrl import VideoDistillTrainer
@@ -113,10 +113,7 @@ def train(job, name, *, clips=False, evaluate=False, teacher=False, resume=None,
             "held": held(trainer),
             "held apart": {role: held(trainer, model) for role, model in trainer.models_apart().items()},
             "digests": everywhere,
-            "moved": {
-                role: max((w - untrained[n]).abs().max().item() for n, w in trained.items() if n.startswith(role))
-                for role in {n.split(".")[0] for n in trained}
-            },
+            "moved": moved(untrained, trained),
             "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
             "metrics": {n: v for n, v in metrics.items() if "loss" in n or "generated" in n},
         }

@@ -18,9 +18,12 @@ import os
 import re
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
@@ -211,6 +214,20 @@ class Hub(ThreadingHTTPServer):
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
             environment.pop(name, None)
         return environment | ({"HF_TOKEN": token} if token is not None else {})
+
+    def run(self, *argv: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+        """A fresh Python process in `folder`, whose Hub this is; it has to succeed, and to keep the token to itself."""
+        done = subprocess.run(
+            [sys.executable, *argv],
+            env=self.environment(folder / "home") | environment,
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert ME not in done.stdout + done.stderr
+        return done
 
 
 class Handler(BaseHTTPRequestHandler):

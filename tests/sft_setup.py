@@ -98,3 +98,11 @@ def digest(weights: dict) -> str:
         result.update(name.encode())
         result.update(weights[name].float().contiguous().numpy().tobytes())
     return result.hexdigest()
+
+
+def moved(before: dict, after: dict) -> dict[str, float]:
+    """How far training has moved the weights of each role, which their names begin with."""
+    return {
+        role: max((w - before[n]).abs().max().item() for n, w in after.items() if n.startswith(role))
+        for role in {n.split(".")[0] for n in after}
+    }

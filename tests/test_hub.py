@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import os
-import subprocess
 import sys
 import time
 import urllib.request
@@ -406,17 +405,7 @@ def test_tokens_are_hidden():
 
 
 def run_fresh(hub, script, tmp_path):  # noqa: F811
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=hub.environment(tmp_path / "home")
-        | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert ME not in done.stderr + done.stdout
+    hub.run("-c", script, folder=tmp_path, PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path]))
 
 
 def clip(path, value=0.5):
@@ -668,16 +657,7 @@ def test_videos_that_no_browser_plays(hub, tmp_path):  # noqa: F811
 def test_commands_find_the_hub_by_its_variable(hub, run, tmp_path):  # noqa: F811
     """HF_ENDPOINT and HF_TOKEN of fresh processes, in which nothing was set by hand."""
     for argv in (["push", str(run), "wan-sft"], ["pull", "me/wan-sft", "pulled"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "vidtrl.cli.main", *argv],
-            env=hub.environment(tmp_path / "home"),
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert ME not in done.stderr + done.stdout
+        hub.run("-m", "vidtrl.cli.main", *argv, folder=tmp_path)
     assert (tmp_path / "pulled" / WEIGHTS).read_bytes() == (run / WEIGHTS).read_bytes()
 
 

@@ -68,10 +68,7 @@ def train(job, name, *, resume=None, **case):
             "num_processes": trainer.accelerator.num_processes,
             "held": held,
             "digests": everywhere,
-            "moved": {
-                role: max((w - untrained[n]).abs().max().item() for n, w in trained.items() if n.startswith(role))
-                for role in {n.split(".")[0] for n in trained}
-            },
+            "moved": sft_setup.moved(untrained, trained),
             "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
             "metrics": {n: v for n, v in metrics.items() if "loss" in n or "generated" in n},
         }
