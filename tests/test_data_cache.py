@@ -27,6 +27,7 @@ from vidtrl.data import (
     write_video,
 )
 from vidtrl.data import store as store_module
+from vidtrl.data.cache import remove_old_temporaries
 from vidtrl.toy import world
 
 
@@ -496,6 +497,26 @@ def test_two_processes_share_the_work(twelve, tmp_path, stream):
     alone, _, _ = build(dataset, tmp_path / "other", condition_columns=columns)
     assert counted.clips == 0 and counted.prompts == []
     assert all(same(shared[i], alone[i]) for i in range(12))
+
+
+def test_temporary_files_come_and_go_while_old_ones_are_removed(tmp_path):
+    code = "import sys; from pathlib import Path; from vidtrl.data.store import write_atomic\n"
+    code += "while True: write_atomic(Path(sys.argv[1], 'file.json'), 'x')"
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "file.json").exists():
+            assert other.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        left = tmp_path / ".tmp-1234-file.json"  # by a run that was killed two days ago
+        left.touch()
+        os.utime(left, times=(time.time() - 2 * 86400,) * 2)
+        for _ in range(20_000):  # each finds a file of the other process and may come too late to ask for its age
+            remove_old_temporaries(tmp_path)
+        assert other.poll() is None and not left.exists()
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_several_processes_need_a_barrier_and_one_directory(dataset, tmp_path, monkeypatch):

@@ -239,7 +239,7 @@ class _Builder:
 
         self.directory.mkdir(parents=True, exist_ok=True)
         write_atomic(self.directory / "fingerprint.json", json.dumps(self.fingerprint, indent=1, sort_keys=True))
-        _remove_old_temporaries(self.cache_dir, self.directory)
+        remove_old_temporaries(self.cache_dir, self.directory)
         self.files = FileHashes(self.cache_dir)
         self.store = Store(self.directory, self.rank)
         keyed = None
@@ -452,8 +452,13 @@ def _column_names(dataset) -> list[str]:
     return list(next(iter(dataset)))
 
 
-def _remove_old_temporaries(*directories):
+def remove_old_temporaries(*directories: Path) -> None:
+    """Remove what killed processes left half-written; others may be writing."""
     for directory in directories:
         for path in directory.glob(TEMPORARY + "*"):
-            if time.time() - path.stat().st_mtime > TEMPORARY_SECONDS:
+            try:
+                age = time.time() - path.stat().st_mtime
+            except FileNotFoundError:  # another process has just renamed it
+                continue
+            if age > TEMPORARY_SECONDS:
                 path.unlink(missing_ok=True)
