@@ -5,7 +5,6 @@ import json
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny_pipelines  # noqa: E402
+from processes import free_port  # noqa: E402
 
 from vidtrl import toy
 from vidtrl.cli.errors import UserError
@@ -595,10 +595,7 @@ def test_a_failing_stage_ends_the_run_and_the_next_one_mends_it(here):
 
 @pytest.mark.slow
 def test_a_stage_on_two_processes(here):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = {"accelerate_config": "multi_gpu", "num_processes": 2, "main_process_port": port}
+    launch = {"accelerate_config": "multi_gpu", "num_processes": 2, "main_process_port": free_port()}
     write(launch=launch, stages__prompt=..., stages__distill=..., stages__grpo=..., enhance_prompts=False)
     done = vidtrl_run()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -2,12 +2,12 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import errors, finish, ranks
 from sft_worker import start
 
 
@@ -29,15 +29,7 @@ def run(clips, cache_dir, tmp_path_factory):
             **job,
         }
         job["config"] = {**CONFIG, **(config or {})}
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        common = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(num_processes))
-        ranks = [{**common, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(num_processes)]
-        started = [start(job, **(environment if num_processes > 1 else {})) for environment in ranks]
-        for process, log in started:
-            process.join(timeout=300)
-            assert process.exitcode == 0, log.read_text()[-3000:]
+        finish([start(job, **environment) for environment in ranks(num_processes)])
         return json.loads(Path(root / name, "result.json").read_text())
 
     run.root = root
@@ -83,7 +75,7 @@ def test_torchrun(run, one):
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, errors(done.stderr)
     result = json.loads((run.root / "torchrun" / "result.json").read_text())
     assert result["num_processes"] == 2
     assert result["norm"] == pytest.approx(one["norm"], rel=1e-5)

@@ -1,10 +1,10 @@
 """Two processes learn what one process learns from the same generations."""
 
 import json
-import socket
 
 import pytest
 from grpo_worker import start
+from processes import finish, ranks
 from safetensors.torch import load_file
 
 
@@ -44,16 +44,8 @@ def runs(tmp_path_factory):
         for name, config in CASES.items():
             batch = config.get("per_device_train_batch_size", 8)
             cases[name] = config | {"per_device_train_batch_size": batch // num_processes}
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        common = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(num_processes))
-        ranks = [{**common, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(num_processes)]
         job = {"out": str(out), "cases": cases}
-        started = [start(job, **(environment if num_processes > 1 else {})) for environment in ranks]
-        for process, log in started:
-            process.join(timeout=600)
-            assert process.exitcode == 0, log.read_text()[-3000:]
+        finish([start(job, **environment) for environment in ranks(num_processes)])
     return folders
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from peft import LoraConfig
+from processes import errors, ranks
 from test_memory import SIZE
-from test_sharded import FSDP, ranks
+from test_sharded import FSDP
 
 from vidtrl import toy
 from vidtrl.trainer.memory import estimate
@@ -47,9 +48,8 @@ def measured(tmp_path_factory):
             )
             for environment in ranks(2, **settings)
         ]
-        for process in started:
-            _, log = process.communicate(timeout=400)
-            assert process.returncode == 0, log[-3000:]
+        logs = [process.communicate(timeout=400)[1] for process in started]
+        assert not any(process.returncode for process in started), "\n".join(map(errors, logs))
         for name in RUNS:
             result = json.loads((out / f"{name}.json").read_text())
             assert result["num_processes"] == 2

@@ -5,7 +5,6 @@ import faulthandler
 import json
 import multiprocessing
 import os
-import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ import sft_worker
 import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
+from processes import finish, ranks
 from safetensors.torch import load_file
 from sft_setup import digest
 from tiny_pipelines import wan
@@ -30,24 +30,6 @@ FSDP = dict(
     FSDP_STATE_DICT_TYPE="FULL_STATE_DICT", FSDP_CPU_RAM_EFFICIENT_LOADING="false", FSDP_OFFLOAD_PARAMS="false",
     FSDP_ACTIVATION_CHECKPOINTING="false",
 )  # fmt: skip
-
-
-def ranks(number, **environment):
-    """The environment of each of so many processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(number), **environment)
-    return [{**common, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(number)] if number > 1 else [{}]
-
-
-def finish(started) -> list[str]:
-    """The logs of processes that have all ended without an error."""
-    for process, _ in started:
-        process.join(timeout=600)
-    for process, log in started:
-        assert process.exitcode == 0, log.read_text()[-3000:]
-    return [log.read_text() for _, log in started]
 
 
 # ---- SFT ----

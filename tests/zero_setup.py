@@ -1,16 +1,14 @@
 """What the DeepSpeed tests share: `accelerate launch` with a shipped configuration in two processes on a CPU."""
 
-import contextlib
 import importlib.util
 import json
 import os
-import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import errors, free_port
 from safetensors.torch import load_file
 
 from vidtrl.cli.launch import CONFIGS
@@ -41,9 +39,8 @@ def train(out, clips, cache, cases, accelerate_config=None) -> Path:
     out.mkdir()
     command = [sys.executable]
     if accelerate_config is not None:
-        port = free_port()
         command += ["-m", "accelerate.commands.launch", f"--config_file={CONFIGS / accelerate_config}.yaml"]
-        command += ["--num_processes=2", f"--main_process_port={port}"]
+        command += ["--num_processes=2", f"--main_process_port={free_port()}"]
         sizes = {name: case["per_device_train_batch_size"] // 2 for name, case in cases.items()}
         gloo = dict(use_cpu=False, ddp_backend="gloo")
         cases = {n: {**case, **gloo, "per_device_train_batch_size": sizes[n]} for n, case in cases.items()}
@@ -52,17 +49,8 @@ def train(out, clips, cache, cases, accelerate_config=None) -> Path:
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=paths, DS_ACCELERATOR="cpu")
     command += [str(HERE / "zero_worker.py"), json.dumps(job)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-20000:]
+    assert done.returncode == 0, errors(done.stderr)
     return out
-
-
-def free_port() -> int:
-    """A port that no connection of other tests is given while the launcher starts, for seconds."""
-    while True:
-        port = random.randrange(20000, 32000)
-        with socket.socket() as free, contextlib.suppress(OSError):
-            free.bind(("127.0.0.1", port))
-            return port
 
 
 def result(folder, name) -> dict:
