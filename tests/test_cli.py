@@ -284,10 +284,13 @@ def test_help_is_fast_and_loads_nothing_heavy():
         "try:\n    main(['--help'])\nfinally:\n    heavy = {'torch', 'diffusers', 'transformers', 'trl'} & set(sys.modules)\n"
         "    assert not heavy, heavy"
     )
-    start = time.monotonic()
+    before = os.times()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    after = os.times()
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - start < 1.0 and all(command in done.stdout for command in COMMANDS)
+    assert all(command in done.stdout for command in COMMANDS)
+    # processor time: other tests may keep it waiting
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1.0
 
 
 def test_unknown_command_exits_with_two(capsys):
