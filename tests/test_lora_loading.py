@@ -4,6 +4,7 @@ import inspect
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,9 @@ def test_base_adapters_stack_with_their_own_scales(tmp_path, family):
     pipe, call = tiny_pipelines.ALL[family]()
     folders = [base_adapter(family, tmp_path / str(seed), seed) for seed in (1, 2)]
     folders[1] += "/pytorch_lora_weights.safetensors"  # a file is as good as its directory
-    loaded = load_base_adapters(pipe, ["transformer"], folders)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that a model has several adapters is what is wanted
+        loaded = load_base_adapters(pipe, ["transformer"], folders)
     assert [one.name for one in loaded] == ["base_0", "base_1"] == list(active_adapters(pipe.transformer))
     layer = next(m for m in pipe.transformer.modules() if getattr(m, "scaling", None))
     assert layer.scaling == {"base_0": 3.0, "base_1": 3.0}
@@ -85,6 +88,10 @@ def test_base_adapters_stack_with_their_own_scales(tmp_path, family):
     alone, _ = tiny_pipelines.ALL[family]()
     load_base_adapters(alone, ["transformer"], folders[:1])
     assert (sample(alone, call) - both).abs().max() > 1e-4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        add_lora(pipe.transformer, LoraConfig(r=2))  # the one to train
+    assert layer.scaling == {"base_0": 3.0, "base_1": 3.0, "default": 4.0}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

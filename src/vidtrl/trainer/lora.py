@@ -1,10 +1,12 @@
 """LoRA on a diffusers denoiser: which layers by default, and files that `pipe.load_lora_weights` reads."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
 from diffusers import DiffusionPipeline
 from diffusers.loaders import PeftAdapterMixin
@@ -127,7 +129,17 @@ def add_lora(denoiser: nn.Module, config: LoraConfig) -> PeftModel:
                 "inside the repeated blocks."
             )
     denoiser.requires_grad_(False)
-    return get_peft_model(denoiser, config)
+    with one_more_adapter():
+        return get_peft_model(denoiser, config)
+
+
+@contextlib.contextmanager
+def one_more_adapter() -> Iterator[None]:
+    """Without PEFT's warnings that a model has an adapter already: they stack here, as each stage's is saved for itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are trying to modify a model with PEFT for a second time")
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute in the model")
+        yield
 
 
 def active_adapters(denoiser: nn.Module) -> tuple[str, ...]:
@@ -183,7 +195,8 @@ def load_base_adapters(pipe: DiffusionPipeline, denoisers: Sequence[str], adapte
         try:
             files = _files_of_experts(adapter, denoisers) if two_experts else {denoisers[0]: None}
             for denoiser, file in files.items():
-                load_lora(pipe, denoiser, os.path.expanduser(adapter), f"base_{i}", file)
+                with one_more_adapter():
+                    load_lora(pipe, denoiser, os.path.expanduser(adapter), f"base_{i}", file)
                 names[denoiser].append(f"base_{i}")
                 loaded.append(BaseAdapter(adapter, denoiser, f"base_{i}", file))
         except OSError as error:
